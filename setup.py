@@ -1,0 +1,84 @@
+"""Installs megalm: the package, the `megalm` command and the native modules under csrc/.
+
+The native modules see pybind11 and the standard library only, never torch's headers, so that building needs a C++
+compiler and nothing else, and an upgrade of torch never asks for a rebuild.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+
+def native(name: str, folder: str) -> Extension:
+    """One native module: every .cpp file in csrc/`folder`."""
+    return Extension(name, sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob("*.cpp")))
+
+
+class NinjaBuild(build_ext):
+    """Compiles each extension through one generated build.ninja: parallel, and only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        from ninja import BIN_DIR
+        from ninja.ninja_syntax import Writer
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(self.build_temp).resolve() / ext.name
+        work.mkdir(parents=True, exist_ok=True)
+        includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *(f"-I{i}" for i in includes)]
+        with (work / "build.ninja").open("w") as file:
+            ninja = Writer(file)
+            ninja.variable("cxx", os.environ.get("CXX", "c++"))
+            ninja.variable("cxxflags", " ".join(flags) + " " + os.environ.get("CXXFLAGS", ""))
+            ninja.variable("ldflags", os.environ.get("LDFLAGS", ""))
+            ninja.rule("compile", "$cxx $cxxflags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+            ninja.rule("link", "$cxx -shared $in -o $out $ldflags")
+            objects = []
+            for source in ext.sources:
+                objects += ninja.build(f"{Path(source).stem}.o", "compile", str((ROOT / source).resolve()))
+            ninja.build(str(output), "link", objects)
+            ninja.default(str(output))
+        subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(work)], check=True)
+
+
+setup(
+    name="megalm",
+    version="0.1.0",
+    description="Pre-trains base language models: from a folder of text to a checkpoint, on any number of devices",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megalm", "megalm.*"]),
+    package_data={"megalm": ["py.typed"]},
+    ext_modules=[native("megalm._indexed_dataset", "indexed_dataset")],
+    cmdclass={"build_ext": NinjaBuild},
+    entry_points={"console_scripts": ["megalm = megalm.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        "pydantic>=2",
+        "pyyaml",
+        "typer",
+        "rich",
+        "orjson",
+        "xxhash",
+        "safetensors",
+        "sentencepiece",
+        "tokenizers",
+        "tensorboard",
+    ],
+    extras_require={
+        "plot": ["matplotlib"],
+        "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "transformers", "types-PyYAML"],
+    },
+)
