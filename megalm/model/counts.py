@@ -1,0 +1,39 @@
+"""Exact counts of parameters and of floating-point operations. Pure arithmetic on the config.
+
+A training step's operations: a matrix product with n weights costs 2n a token forward and 4n backward; attention costs
+4 H E operations for each (query, key) pair that is seen forward, and 8 H E backward. Recomputation is not counted
+(that is the usual meaning of model FLOPs, PaLM, arXiv 2204.02311, appendix B). An embedding look-up costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from megalm.config.sections import Model
+
+
+def matrix_parameters(config: Model) -> int:
+    """Weights that take part in a matrix product for each token: all blocks' matrices and the head."""
+    assert config.head_dim and config.num_kv_heads and config.vocab_size, "load_config and build derive these"
+    attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+    feed_forward = config.hidden_size * config.ffn_size * (3 if config.activation == "swiglu" else 2)
+    return config.num_layers * (attention + feed_forward) + config.vocab_size * config.hidden_size
+
+
+def seen_pairs(segments: Sequence[int], window: int | None) -> int:
+    """Number of (query, key) pairs of causal attention inside segments with cumulative ends `[0, ..., T]`."""
+    pairs = 0
+    for start, end in pairwise(segments):
+        length = end - start
+        full = length * (length + 1) // 2
+        hidden = length - window if window is not None and length > window else 0
+        pairs += full - hidden * (hidden + 1) // 2
+    return pairs
+
+
+def training_flops(config: Model, tokens: int, pairs: int) -> int:
+    """Operations of the forward and backward pass over `tokens` tokens with `pairs` seen (query, key) pairs."""
+    assert config.head_dim, "load_config derives this"
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return 6 * matrix_parameters(config) * tokens + attention

@@ -1,0 +1,155 @@
+"""The model's logits and gradients against Hugging Face transformers, with the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from megalm.config.sections import Model, RopeScaling
+from megalm.model.init import initialise
+from megalm.model.transformer import Transformer
+
+VOCAB, LENGTH, BATCH = 211, 48, 3
+BASE = {
+    "num_layers": 3, "hidden_size": 64, "num_heads": 8, "num_kv_heads": 2, "head_dim": 8, "ffn_size": 176,
+    "vocab_size": VOCAB, "max_positions": 128,
+}  # fmt: skip
+HF = {
+    "num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 176, "vocab_size": VOCAB, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    "attn_implementation": "eager",
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+LLAMA_NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "final_norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+    "attention_norm": "input_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+
+
+def llama_name(name: str) -> str:
+    if name in LLAMA_NAMES:
+        return LLAMA_NAMES[name]
+    _, number, rest = name.split(".", 2)
+    module, _, kind = rest.rpartition(".")
+    return f"model.layers.{number}.{LLAMA_NAMES[module]}.{kind}"
+
+
+def randomised(config: Model) -> Transformer:
+    model = Transformer(config)
+    initialise(model, seed=7)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases off their initial ones and zeros
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            else:
+                parameter *= 3
+    return model
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens_BS = torch.randint(VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
+    return tokens_BS, torch.arange(LENGTH).repeat(BATCH), torch.arange(0, BATCH * LENGTH + 1, LENGTH, dtype=torch.int32)
+
+
+LLAMAS = {
+    "llama": ({}, {}),
+    "llama, all heads": ({"num_kv_heads": 8}, {"num_key_value_heads": 8}),
+    "llama, tied": ({"tie_embeddings": True}, {"tie_word_embeddings": True}),
+    "llama 3 rope scaling": (
+        {"rope_theta": 500000.0, "rope_scaling": RopeScaling(factor=8.0, original_length=32)},
+        {"rope_parameters": LLAMA3_ROPE},
+    ),
+    "llama, wide heads": ({"head_dim": 16}, {"head_dim": 16}),
+}
+FAMILIES = {
+    **{name: (transformers.LlamaConfig, ours, theirs) for name, (ours, theirs) in LLAMAS.items()},
+    "qwen 3": (transformers.Qwen3Config, {"qk_norm": True}, {}),
+    "qwen 3, tied": (transformers.Qwen3Config, {"qk_norm": True, "tie_embeddings": True}, {"tie_word_embeddings": True}),
+    "qwen 2": (transformers.Qwen2Config, {"qkv_bias": True}, {}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 20}, {"sliding_window": 20}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_equal_those_of_transformers(family: str) -> None:
+    hf_config, ours, theirs = FAMILIES[family]
+    model = randomised(Model(**{**BASE, **ours}))
+    peer = transformers.AutoModelForCausalLM.from_config(
+        hf_config(**{**HF, **theirs}), attn_implementation="eager"
+    ).float()
+    weights = {llama_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    if model.head is None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    peer.load_state_dict(weights, strict=True)
+
+    tokens_BS, positions_T, segments = inputs()
+    peer_logits_BSV = peer(tokens_BS).logits
+    logits_TV = model.logits(model.hidden(tokens_BS.flatten(), positions_T, segments))
+    assert (logits_TV - peer_logits_BSV.flatten(0, 1)).abs().max() <= 1e-4
+    assert peer_logits_BSV.std() > 0.3, "logits this flat would agree by chance"
+
+    peer(tokens_BS, labels=tokens_BS).loss.backward()
+    labels_BS = tokens_BS.roll(-1, 1)
+    counted_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
+    counted_BS[:, -1] = False
+    objective, _ = model(tokens_BS.flatten(), positions_T, segments, labels_BS.flatten(), counted_BS.flatten())
+    (objective / counted_BS.sum()).backward()
+    peers = dict(peer.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, peers[llama_name(name)].grad, rtol=1e-3, atol=1e-5)
+
+
+def test_gpt2_is_a_configuration() -> None:
+    config = Model(
+        num_layers=3, hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16, ffn_size=256, vocab_size=VOCAB,
+        max_positions=128, position="learned", norm="layernorm", activation="gelu_tanh", qkv_bias=True,
+        attention_bias=True, ffn_bias=True, tie_embeddings=True,
+    )  # fmt: skip
+    model = randomised(config)
+    peer = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=3, n_embd=64, n_head=4, n_positions=128, vocab_size=VOCAB)
+    ).eval()
+    ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {
+        "transformer.wte.weight": ours["embedding.weight"],
+        "lm_head.weight": ours["embedding.weight"],
+        "transformer.wpe.weight": ours["position_embedding.weight"],
+        "transformer.ln_f.weight": ours["final_norm.weight"],
+        "transformer.ln_f.bias": ours["final_norm.bias"],
+    }
+    for i in range(3):
+        there, here = f"transformer.h.{i}", f"layers.{i}"
+        for kind in ("weight", "bias"):
+            weights[f"{there}.ln_1.{kind}"] = ours[f"{here}.attention_norm.{kind}"]
+            weights[f"{there}.ln_2.{kind}"] = ours[f"{here}.feed_forward_norm.{kind}"]
+            qkv = torch.cat([ours[f"{here}.attention.{part}.{kind}"] for part in ("query", "key", "value")])
+            pairs = {
+                "attn.c_attn": qkv,
+                "attn.c_proj": ours[f"{here}.attention.output.{kind}"],
+                "mlp.c_fc": ours[f"{here}.feed_forward.up.{kind}"],
+                "mlp.c_proj": ours[f"{here}.feed_forward.down.{kind}"],
+            }
+            for name, value in pairs.items():
+                weights[f"{there}.{name}.{kind}"] = value.t() if kind == "weight" else value
+    peer.load_state_dict(weights, strict=True)
+    tokens_BS, positions_T, segments = inputs()
+    logits_TV = model.logits(model.hidden(tokens_BS.flatten(), positions_T, segments))
+    assert (logits_TV - peer(tokens_BS).logits.flatten(0, 1)).abs().max() <= 1e-4
