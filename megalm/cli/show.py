@@ -1,0 +1,74 @@
+"""What commands show: progress bars on a terminal's standard error, tables and numbers on standard output."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+
+def number(value: int) -> str:
+    """1234567 -> 1,234,567"""
+    return f"{value:,}"
+
+
+def size(num_bytes: float) -> str:
+    """1234567 -> 1.2 MB"""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 999.5 or unit == "TB":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"
+
+
+def printable(text: str) -> str:
+    """`text` with what would steer a terminal spelled out; line ends and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Prints two columns, the second aligned to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None)
+    grid.add_column(no_wrap=True)
+    grid.add_column(justify="right")
+    for name, value in rows:
+        grid.add_row(Text(name), Text(value))
+    Console().print(grid)
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[float, float, str], None]]:
+    """A bar on standard error while it lasts, if that is a terminal; yields `update(done, total, what more to say)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[more]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(description, total=None, more="")
+
+        def update(done: float, total: float, more: str) -> None:
+            bars.update(task, completed=done, total=total, more=more)
+
+        yield update
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self._start, 1e-9)
