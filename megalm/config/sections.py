@@ -1,48 +1,53 @@
 """What a run is: one typed section for each part of the YAML file. Every field's docstring is its documentation.
 
-Unknown keys are refused. A field whose default is `None` and whose docstring says "derived" is filled in by
-`megalm.config.load`, so that the resolved config, which is written to the run directory, has no hidden value.
+Unknown keys are refused and nothing is converted silently: text is no number, 3.0 is no whole number. A field whose
+default is `None` and whose docstring says "derived" is filled in by `megalm.config.load`, so that the resolved config,
+which is written to the run directory, has no hidden value. Relative paths are relative to the working directory.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Name = str
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+FilePath = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """The manner of all sections: immutable, typed, unknown keys refused, documented by docstrings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Run(Section):
-    dir: str
+    dir: FilePath
     """Run directory: config, metrics, log, TensorBoard events and checkpoints go there."""
-    seed: int = Field(1234, ge=0, lt=2**63)
+    seed: int = Field(default=1234, ge=0, lt=2**63)
     """Seed of the initialisation and of the order of samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a GPU if there is one."""
     compile: bool = False
     """Compile each transformer block with `torch.compile`: slower to start, faster afterwards."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass: none, the feed-forward's inner ones (`selective`), or whole
-    blocks (`full`)."""
+    """Activations computed again in the backward pass: none, all but the results of matrix products and attention
+    (`selective`), or whole blocks (`full`)."""
 
 
 class RopeScaling(Section):
     kind: Literal["llama3"] = "llama3"
     """Llama 3's frequency-dependent scaling."""
-    factor: float = Field(8.0, ge=1)
+    factor: float = Field(default=8.0, ge=1)
     """How many times longer than `original_length` sequences may become."""
-    low_freq_factor: float = Field(1.0, gt=0)
+    low_freq_factor: float = Field(default=1.0, gt=0)
     """Wavelengths above `original_length / low_freq_factor` are scaled by the whole factor."""
-    high_freq_factor: float = Field(4.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
     """Wavelengths below `original_length / high_freq_factor` are left as they are."""
-    original_length: int = Field(8192, gt=0)
+    original_length: int = Field(default=8192, gt=0)
     """Sequence length of the unscaled frequencies."""
 
 
@@ -55,27 +60,27 @@ class Model(Section):
     """Width of the residual stream."""
     num_heads: int = Field(gt=0)
     """Number of query heads."""
-    num_kv_heads: int | None = Field(None, gt=0)
+    num_kv_heads: int | None = Field(default=None, gt=0)
     """Number of key/value heads; derived: `num_heads`."""
-    head_dim: int | None = Field(None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0)
     """Width of a head; derived: `hidden_size / num_heads`."""
     ffn_size: int = Field(gt=0)
     """Inner width of the feed-forward layer."""
-    vocab_size: int | None = Field(None, gt=0)
+    vocab_size: int | None = Field(default=None, gt=0)
     """Rows of the embedding; derived: the tokenizer's vocabulary."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head, too."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Kind of the normalisation layers."""
-    norm_eps: float = Field(1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the variance in normalisation layers."""
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
     """Feed-forward kind: gated SiLU, exact GELU, or GELU's tanh approximation (GPT-2 and 3)."""
     position: Literal["rope", "learned"] = "rope"
     """Rotary positions, or a learned position embedding of `max_positions` rows (GPT-2 and 3)."""
-    max_positions: int | None = Field(None, gt=0)
+    max_positions: int | None = Field(default=None, gt=0)
     """Longest position; derived: `data.sequence_length`."""
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Scaling of the rotary frequencies for long contexts."""
@@ -87,36 +92,36 @@ class Model(Section):
     """Biases in the feed-forward layer (GPT)."""
     qk_norm: bool = False
     """RMSNorm on each query and key head (Qwen 3)."""
-    sliding_window: int | None = Field(None, gt=0)
+    sliding_window: int | None = Field(default=None, gt=0)
     """A token sees this many tokens, itself included (Mistral); `None`: all before it."""
-    attention_softcap: float | None = Field(None, gt=0)
+    attention_softcap: float | None = Field(default=None, gt=0)
     """Attention scores s become `cap * tanh(s / cap)`."""
-    logit_softcap: float | None = Field(None, gt=0)
+    logit_softcap: float | None = Field(default=None, gt=0)
     """Output logits z become `cap * tanh(z / cap)`."""
-    z_loss: float = Field(0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log-normaliser in the training loss (PaLM, section 5)."""
     document_attention: bool = True
     """Tokens attend only within their own document; positions start anew at each document."""
-    init_std: float = Field(0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; output projections get `init_std / sqrt(2 * num_layers)`."""
 
 
 class Tokenizer(Section):
-    path: str
+    path: FilePath
     """`byte`, a directory written by `megalm tokenizer train`, a `tokenizer.json`, or a sentencepiece `.model`."""
 
 
 class Source(Section):
-    name: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     """Name in metrics and reports."""
-    path: str
+    path: FilePath
     """Directory written by `megalm data prepare`."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """Share of the training tokens, relative to the other sources' weights."""
 
 
 class Validation(Section):
-    samples: int = Field(64, ge=0)
+    samples: int = Field(default=64, ge=0)
     """Sequences held out of training at the end of EACH source; 0 holds out none."""
 
 
@@ -135,41 +140,41 @@ class BatchRamp(Section):
     increment: int = Field(gt=0)
     """By how much it grows at a time, until `batch.global_size`."""
     samples: int = Field(gt=0)
-    """Number of sequences over which it grows."""
+    """Number of sequences over which it grows; each size gets an equal share of them."""
 
 
 class Batch(Section):
     global_size: int = Field(gt=0)
     """Sequences a step."""
-    micro_size: int | None = Field(None, gt=0)
-    """Sequences that go through the model at once; derived: the largest divisor of all batch sizes with at most
-    8,192 tokens."""
+    micro_size: int | None = Field(default=None, gt=0)
+    """Sequences that go through the model at once; derived: the largest divisor of a data rank's share of
+    all batch sizes with at most 8,192 tokens."""
     ramp: BatchRamp | None = None
     """Start with smaller batches."""
 
 
 class Pipeline(Section):
-    size: int = Field(1, gt=0)
+    size: int = Field(default=1, gt=0)
     """Number of pipeline stages."""
     schedule: Literal[
         "gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "interleaved-zb", "zbv", "dualpipev", "auto"
     ] = "1f1b"
     """Order of forward and backward passes over the stages; with one stage all are the same."""
-    chunks: int = Field(1, gt=0)
+    chunks: int = Field(default=1, gt=0)
     """Model chunks a rank."""
 
 
 class Zero(Section):
-    stage: Literal[0, 1, 2, 3] = 1
-    """What is sharded over data ranks: 1 optimizer state, 2 gradients too, 3 parameters too."""
+    stage: int = Field(default=1, ge=0, le=3)
+    """What is sharded over data ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
 
 
 class Parallel(Section):
-    tensor: int = Field(1, gt=0)
+    tensor: int = Field(default=1, gt=0)
     """Ranks that share each layer's matrices."""
     pipeline: Pipeline = Pipeline()
     """Ranks that share the layers."""
-    data: int | Literal["auto"] = "auto"
+    data: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Ranks that share the batch; `auto` takes all that are left."""
     zero: Zero = Zero()
     """Sharding over the data ranks."""
@@ -178,34 +183,34 @@ class Parallel(Section):
 class Optimizer(Section):
     kind: Literal["adamw"] = "adamw"
     """AdamW (arXiv 1711.05101), fused where the device has it."""
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[DecayRate, DecayRate], Field(strict=False)] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay; not applied to norms, biases and embeddings."""
-    clip_norm: float | None = Field(1.0, gt=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm; `null`: never."""
 
 
 class Schedule(Section):
     kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """Learning rate after the warm-up: flat then linear decay (`wsd`), cosine, linear, or flat."""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
     """Length of the run in steps; give this or `tokens`."""
-    tokens: int | None = Field(None, gt=0)
-    """Length of the run in tokens, rounded up to whole steps; give this or `steps`."""
-    warmup_steps: int | None = Field(None, ge=0)
-    """Linear warm-up from 0; derived: 1% of the run."""
-    warmup_tokens: int | None = Field(None, ge=0)
+    tokens: int | None = Field(default=None, gt=0)
+    """Length of the run in tokens, in place of `steps`; the resolved config has it in steps, rounded up."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of linear warm-up from 0; derived: 1% of the run."""
+    warmup_tokens: int | None = Field(default=None, ge=0)
     """The warm-up in tokens, in place of `warmup_steps`."""
-    decay_steps: int | None = Field(None, ge=0)
+    decay_steps: int | None = Field(default=None, ge=0)
     """Length of the final decay (`wsd` only); derived: 20% of the run."""
-    decay_tokens: int | None = Field(None, ge=0)
+    decay_tokens: int | None = Field(default=None, ge=0)
     """The final decay in tokens, in place of `decay_steps`."""
-    min_ratio: float = Field(0.1, ge=0, le=1)
+    min_ratio: float = Field(default=0.1, ge=0, le=1)
     """Last learning rate, as a share of the peak."""
 
 
@@ -215,35 +220,49 @@ class Precision(Section):
 
 
 class Checkpoint(Section):
-    every: int | None = Field(None, gt=0)
+    every: int | None = Field(default=None, gt=0)
     """Steps between checkpoints; derived: a tenth of the run. The last step is always saved."""
-    keep: int = Field(3, gt=0)
+    keep: int = Field(default=3, gt=0)
     """How many of the newest checkpoints are kept."""
 
 
 class Evaluate(Section):
-    every: int | None = Field(None, gt=0)
+    every: int | None = Field(default=None, gt=0)
     """Steps between evaluations on the held-out samples; derived: a tenth of the run. The last step is always
     evaluated."""
 
 
 class Log(Section):
-    every: int = Field(1, gt=0)
+    every: int = Field(default=1, gt=0)
     """Steps between lines in `metrics.jsonl` and the terminal."""
     tensorboard: bool = True
     """Write TensorBoard events, too."""
 
 
 class Config(Section):
+    """A megalm run."""
+
     run: Run
+    """Where the run lives and how it computes."""
     model: Model
+    """The shape of the transformer."""
     tokenizer: Tokenizer
+    """What turns text into tokens."""
     data: Data
+    """What is read."""
     batch: Batch
+    """How many sequences make a step."""
     parallel: Parallel = Parallel()
+    """How the work is shared between processes."""
     optimizer: Optimizer = Optimizer()
+    """How gradients become updates."""
     schedule: Schedule
+    """Length of the run, and the learning rate over it."""
     precision: Precision = Precision()
+    """Number formats."""
     checkpoint: Checkpoint = Checkpoint()
+    """When the state is saved."""
     evaluate: Evaluate = Evaluate()
+    """When the model is evaluated."""
     log: Log = Log()
+    """What is reported."""

@@ -1,0 +1,149 @@
+"""The rules between keys: what must divide, fit or agree. Each broken rule is one line with its mend."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from math import isqrt
+
+from megalm.config.explain import choices
+from megalm.config.sections import Batch, Config, Model, Parallel, Schedule
+
+
+def broken_rules(config: Config, processes: int) -> Iterator[str]:
+    """One line for each rule that a config, its defaults not derived yet, breaks when run by `processes` processes."""
+    yield from _model(config.model, config.data.sequence_length)
+    for name, count in Counter(source.name for source in config.data.sources).items():
+        if count > 1:
+            yield f"data.sources has {count} sources named '{name}': give each its own name"
+    yield from _schedule(config.schedule)
+    yield from _ramp(config.batch)
+    yield from _layout(config, processes)
+
+
+def fewest_processes(parallel: Parallel) -> int:
+    """The fewest processes that a layout can run on."""
+    return parallel.tensor * parallel.pipeline.size * (1 if parallel.data == "auto" else parallel.data)
+
+
+def data_ranks(parallel: Parallel, processes: int) -> int:
+    """Size of the data axis, with `auto` filling what is left."""
+    return processes // (parallel.tensor * parallel.pipeline.size) if parallel.data == "auto" else parallel.data
+
+
+def batch_sizes(batch: Batch) -> Iterator[tuple[str, int]]:
+    """Key and value of the numbers whose divisors divide every batch size, that of each step of a ramp included."""
+    yield "batch.global_size", batch.global_size
+    if batch.ramp is not None:
+        yield "batch.ramp.start", batch.ramp.start
+        yield "batch.ramp.increment", batch.ramp.increment
+
+
+def _model(model: Model, sequence_length: int) -> Iterator[str]:
+    heads, width, head = model.num_heads, model.hidden_size, model.head_dim
+    if head is None:
+        yield from _must_divide("model.num_heads", heads, "model.hidden_size", width, ", or set model.head_dim")
+    yield from _must_divide("model.num_kv_heads", model.num_kv_heads or heads, "model.num_heads", heads)
+    if model.position == "rope" and head is not None and head % 2:
+        yield f"model.head_dim={head} is odd, which rotary positions cannot be: choose {head + 1}"
+    if model.position == "rope" and head is None and width % heads == 0 and width // heads % 2:
+        yield (
+            f"model.hidden_size={width} / model.num_heads={heads} gives heads of {width // heads}, odd, which rotary "
+            f"positions cannot be: set model.head_dim={width // heads + 1}"
+        )
+    if model.max_positions is not None and sequence_length > model.max_positions:
+        yield (
+            f"data.sequence_length={sequence_length} is longer than model.max_positions={model.max_positions}: "
+            "shorten the one or raise the other"
+        )
+    scaling = model.rope_scaling
+    if scaling is not None and model.position != "rope":
+        yield f"model.rope_scaling has no meaning with model.position='{model.position}': remove it"
+    if scaling is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
+        yield (
+            f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} is not less than "
+            f"high_freq_factor={scaling.high_freq_factor}: llama 3 has 1 and 4"
+        )
+
+
+def _schedule(schedule: Schedule) -> Iterator[str]:
+    if schedule.steps is None and schedule.tokens is None:
+        yield "schedule has no length: set schedule.steps or schedule.tokens"
+    for steps, tokens in (("steps", "tokens"), ("warmup_steps", "warmup_tokens"), ("decay_steps", "decay_tokens")):
+        if getattr(schedule, steps) is not None and getattr(schedule, tokens) is not None:
+            given = f"schedule.{steps}={getattr(schedule, steps)} and schedule.{tokens}={getattr(schedule, tokens)}"
+            yield f"{given} say the same thing: keep one of them"
+    for key in ("decay_steps", "decay_tokens"):
+        if schedule.kind != "wsd" and getattr(schedule, key) is not None:
+            yield (
+                f"schedule.{key}={getattr(schedule, key)} has no meaning with schedule.kind='{schedule.kind}': "
+                "remove it, or choose kind wsd"
+            )
+
+
+def _ramp(batch: Batch) -> Iterator[str]:
+    ramp = batch.ramp
+    if ramp is None:
+        return
+    grows = batch.global_size - ramp.start
+    if grows <= 0:
+        yield f"batch.ramp.start={ramp.start} is not less than batch.global_size={batch.global_size}: make it smaller"
+    else:
+        yield from _must_divide("batch.ramp.increment", ramp.increment, "batch.global_size - batch.ramp.start", grows)
+
+
+def _layout(config: Config, processes: int) -> Iterator[str]:
+    parallel, model, batch = config.parallel, config.model, config.batch
+    tensor, stages, chunks = parallel.tensor, parallel.pipeline.size, parallel.pipeline.chunks
+    yield from _processes(parallel, processes)
+    yield from _must_divide("parallel.tensor", tensor, "model.num_heads", model.num_heads)
+    yield from _must_divide("parallel.tensor", tensor, "model.ffn_size", model.ffn_size)
+    keys = model.num_kv_heads or model.num_heads
+    if keys % tensor and tensor % keys:
+        yield (
+            f"parallel.tensor={tensor} neither divides model.num_kv_heads={keys} nor is a multiple of it: "
+            f"choose {choices(_divisors(keys, tensor))}, or a multiple of {keys}"
+        )
+    if chunks > 1 and stages == 1:
+        yield f"parallel.pipeline.chunks={chunks} has no meaning with pipeline.size=1: set chunks=1"
+    if stages * chunks > model.num_layers:
+        product = f"parallel.pipeline.size={stages}" + (f" * parallel.pipeline.chunks={chunks}" if chunks > 1 else "")
+        yield f"{product} is more than model.num_layers={model.num_layers}: every chunk needs a layer, choose less"
+
+    data = max(data_ranks(parallel, processes), 1)
+    for key, size in batch_sizes(batch):
+        if size % data:
+            yield f"{key}={size} cannot be shared between {data} data ranks: choose a multiple of {data}"
+            break
+        share = f"{key} / {data} data ranks" if data > 1 else key
+        if broken := list(_must_divide("batch.micro_size", batch.micro_size or 1, share, size // data)):
+            yield from broken
+            break
+
+
+def _processes(parallel: Parallel, processes: int) -> Iterator[str]:
+    factors = {"parallel.tensor": parallel.tensor, "parallel.pipeline.size": parallel.pipeline.size}
+    if parallel.data != "auto":
+        factors["parallel.data"] = parallel.data
+    named = " * ".join(f"{key}={size}" for key, size in factors.items() if size > 1) or "parallel.data=1"
+    need = fewest_processes(parallel)
+    if processes < need:
+        yield f"{named} needs at least {need} processes, this run has {processes}: start {need}, or choose less"
+    elif parallel.data == "auto" and processes % need:
+        yield f"{named} does not divide this run's {processes} processes: start a multiple of {need}"
+    elif parallel.data != "auto" and processes != need:
+        yield f"{named} makes {need} processes, this run has {processes}: set parallel.data=auto to use all of them"
+
+
+def _must_divide(key: str, value: int, of: str, number: int, mend: str = "") -> Iterator[str]:
+    if number % value:
+        yield f"{key}={value} does not divide {of}={number}: choose {choices(_divisors(number, value))}{mend}"
+
+
+def _divisors(number: int, value: int) -> list[str]:
+    """The divisors of `number`; if they are many, those around `value`."""
+    small = [d for d in range(1, min(isqrt(number), 1_000_000) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
+    if len(divisors) > 10:
+        divisors = [d for d in divisors if d < value][-2:] + [d for d in divisors if d > value][:2]
+    return [str(d) for d in divisors]
