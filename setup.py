@@ -59,7 +59,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["megalm", "megalm.*"]),
-    package_data={"megalm": ["py.typed"]},
+    package_data={"megalm": ["py.typed", "*.pyi"]},
     ext_modules=[native("megalm._indexed_dataset", "indexed_dataset")],
     cmdclass={"build_ext": NinjaBuild},
     entry_points={"console_scripts": ["megalm = megalm.cli:main"]},
