@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,11 +53,11 @@ def load(directory: Path, into: Mapping[str, torch.Tensor], prefix: str = "") ->
 
 
 def _compare(directory: Path, manifest: CheckpointManifest, into: Mapping[str, torch.Tensor], prefix: str) -> None:
-    there = [name for name in manifest.tensors if name.startswith(prefix)]
+    there = {name for name in manifest.tensors if name.startswith(prefix)}
     for name in into:
         if name not in there:
             raise UserError(f"{directory}: has no tensor '{name}', which this run needs.{nearest(name, there)}")
-    for name in there:
+    for name in sorted(there):
         if name not in into:
             raise UserError(f"{directory}: has a tensor '{name}', for which this run has no use.{nearest(name, into)}")
     for name, target in into.items():
@@ -77,19 +78,18 @@ def _pieces(name: str, tensor: TensorRecord, target: Region) -> list[Piece]:
 
 
 def _read(directory: Path, manifest: CheckpointManifest, pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Each piece with its box's verified bytes, which are good until the next one is asked for."""
+    """Each piece, which come sorted by file, with its box's verified bytes, good until the next one is asked for."""
     buffer = torch.empty(max((piece.bytes for piece in pieces), default=0), dtype=torch.uint8)
-    for name in sorted({piece.box.file for piece in pieces}):
+    for name, of_file in groupby(pieces, key=lambda piece: piece.box.file):
         path, record = directory / name, manifest.files[name]
         try:
             with path.open("rb", buffering=0) as file:
                 header = torch.empty(record.header, dtype=torch.uint8)
                 _fill(file, 0, header, record.checksum, f"{path}: the header")
-                for piece in pieces:
-                    if piece.box.file == name:
-                        data = buffer[: piece.bytes]
-                        _fill(file, piece.box.start, data, piece.box.checksum, f"{path}: tensor '{piece.name}'")
-                        yield piece, data
+                for piece in of_file:
+                    data = buffer[: piece.bytes]
+                    _fill(file, piece.box.start, data, piece.box.checksum, f"{path}: tensor '{piece.name}'")
+                    yield piece, data
         except OSError as error:
             raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
 
