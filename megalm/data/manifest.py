@@ -122,7 +122,7 @@ class Manifest:
         manifest = cls(
             tokenizer=_typed(TokenizerRecord, content["tokenizer"]),
             dtype=content["dtype"],
-            skipped={str(reason): _count(count) for reason, count in content["skipped"].items()},
+            skipped={str(reason): _count(count) for reason, count in dict(content["skipped"]).items()},
             shards=tuple(_typed(Shard, shard) for shard in content["shards"]),
         )
         if manifest.dtype not in DTYPES:
