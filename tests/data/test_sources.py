@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalm.data.sources import Piece, Record, list_files, make_units, read_unit, where
+from megalm.errors import UserError
+
+
+def lines(*texts: str) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def read(files: Sequence[Path], unit_bytes: int = 1 << 20, key: str = "text") -> list[Record]:
+    return [record for unit in make_units(files, unit_bytes) for record in read_unit(unit, key)]
+
+
+def texts(files: Sequence[Path], unit_bytes: int = 1 << 20) -> list[str]:
+    return [record.text for record in read(files, unit_bytes) if not record.problem]
+
+
+LINE = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(lambda text: lines("x" + text)),
+    st.sampled_from(
+        [b"\n", b"  \r\n", b"{oops\n", b"[1]\n", b'{"text": 3}\n', b"\xff\n", lines("crlf")[:-1] + b"\r\n"]
+    ),
+)
+
+
+@given(st.lists(st.lists(LINE, max_size=8), min_size=1, max_size=3), st.integers(1, 200), st.booleans())
+def test_records_and_their_line_numbers_do_not_depend_on_how_files_are_cut(
+    tmp_path_factory: pytest.TempPathFactory, contents: list[list[bytes]], unit_bytes: int, final_newline: bool
+) -> None:
+    directory = tmp_path_factory.mktemp("sources")
+    files = []
+    expected = []
+    for i, content in enumerate(contents):
+        files.append(directory / f"{i}.jsonl")
+        whole = b"".join(content)
+        files[-1].write_bytes(whole if final_newline else whole.removesuffix(b"\n"))
+        for number, line in enumerate(content, start=1):
+            if line.strip():
+                try:
+                    text = json.loads(line)["text"]
+                except (ValueError, TypeError):
+                    text = None
+                expected.append((f"{files[-1]}:{number}", text if isinstance(text, str) else ""))
+    records = read(files, unit_bytes)
+    assert [(where(r.piece, r.line), r.text) for r in records] == expected
+    blank_at_the_end = 2 + sum(len(line) for content in contents for line in content if not line.strip())
+    read_bytes, whole_bytes = sum(r.disk_bytes for r in records), sum(file.stat().st_size for file in files)
+    assert whole_bytes - blank_at_the_end <= read_bytes <= whole_bytes
+
+
+def test_units_are_about_as_large_as_asked_whatever_the_files(tmp_path: Path) -> None:
+    sizes = {"a.jsonl": 2500, "b.txt": 10, "c.txt": 3000, "d.jsonl": 700, "e.jsonl.gz": 400, "f.txt": 0, "g.txt": 100}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    units = make_units([tmp_path / name for name in sizes], 1000)
+    assert [[(piece.path.name, piece.start, piece.end) for piece in unit] for unit in units] == [
+        [("a.jsonl", 0, 1000)],
+        [("a.jsonl", 1000, 2000)],
+        [("a.jsonl", 2000, 2500), ("b.txt", 0, 10)],
+        [("c.txt", 0, 3000)],
+        [("d.jsonl", 0, 700)],
+        [("e.jsonl.gz", 0, 400)],  # about 1600 bytes of text
+        [("f.txt", 0, 0), ("g.txt", 0, 100)],
+    ]
+
+
+def test_a_text_file_is_one_document_with_its_line_ends_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("a\r\nb\n\n é".encode())
+    assert texts([tmp_path / "a.txt"]) == ["a\r\nb\n\n é"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + lines("world"))
+    assert texts(sorted(tmp_path.iterdir())) == ["hello", "world"]
+
+
+def test_gzip_files_of_one_or_several_members_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines("one", "two")) + gzip.compress(lines("three")))
+    records = read([tmp_path / "a.jsonl.gz"])
+    assert [record.text for record in records] == ["one", "two", "three"]
+    assert sum(record.disk_bytes for record in records) == (tmp_path / "a.jsonl.gz").stat().st_size
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "no gzip"])
+def test_a_damaged_gzip_file_is_an_error_that_names_it(tmp_path: Path, damage: str) -> None:
+    content = bytearray(gzip.compress(lines(*map(str, range(1000)))))
+    path = tmp_path / "a.jsonl.gz"
+    if damage == "altered":
+        content[len(content) // 2] ^= 0xFF
+    path.write_bytes({"cut": content[:-20], "altered": content, "no gzip": lines("plain")}[damage])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: damaged gzip file"):
+        read([path])
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "a"', "malformed JSON"),
+        (b'{"text": "\\ud800"}', "malformed JSON"),
+        (b'{"text": NaN}', "malformed JSON"),
+        (b'{"text": "a"} {"text": "b"}', "malformed JSON"),
+        (b'{"text": "\xff"}', "invalid UTF-8"),
+        (b'"text"', "not a JSON object"),
+        (b"{}", "no 'text' field"),
+        (b'{"text": null}', "'text' is not a string"),
+        (b'{"text": ""}', "empty"),
+        (b'{"text": " \\n\\t"}', "empty"),
+    ],
+)
+def test_a_line_without_a_text_has_its_reason(tmp_path: Path, line: bytes, problem: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines("before") + line + b"\n" + lines("after"))
+    records = read([tmp_path / "a.jsonl"])
+    assert [record.problem for record in records] == ["", problem, ""]
+    assert where(records[1].piece, records[1].line) == f"{tmp_path}/a.jsonl:2"
+
+
+@pytest.mark.parametrize(("content", "problem"), [(b"", "empty"), (b" \n", "empty"), (b"a\xffb", "invalid UTF-8")])
+def test_a_text_file_without_a_text_has_its_reason(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    (record,) = read([tmp_path / "a.txt"])
+    assert (record.text, record.problem) == ("", problem)
+    assert where(record.piece, record.line) == f"{tmp_path}/a.txt"
+
+
+def test_a_folder_is_read_in_full_sorted_and_tells_what_it_leaves_alone(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/10.txt", "a.jsonl", "b.jsonl.gz", "b/x.parquet", "README", "c/y.parquet", ".hidden.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    listing = list_files([tmp_path])
+    assert [str(path.relative_to(tmp_path)) for path in listing.files] == [
+        "a.jsonl",
+        "b/10.txt",
+        "b/2.txt",
+        "b.jsonl.gz",
+    ]
+    assert listing.ignored == {".parquet": 2, "no suffix": 1}
+
+
+def test_the_order_in_which_inputs_are_named_does_not_matter(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    assert list_files(paths) == list_files(paths[::-1])
+
+
+def test_inputs_that_cannot_be_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("a.txt", "a.pdf"):
+        (tmp_path / name).write_bytes(b"x")
+    for inputs, reason in (
+        ([], "nothing given"),
+        ([tmp_path / "nowhere"], "nowhere: no such file or folder"),
+        ([tmp_path / "empty"], "empty: no .jsonl, .jsonl.gz, .txt file in this folder"),
+        ([tmp_path / "a.pdf"], r"a\.pdf: not a text file that megalm reads"),
+        ([tmp_path, tmp_path / "a.txt"], r"a\.txt: given twice"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            list_files(inputs)
+
+
+def test_a_line_belongs_to_the_piece_that_it_starts_in(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines("a", "b" * 100, "c"))
+    second = len(lines("a"))
+    for cut in range(1, path.stat().st_size):
+        pieces = [Piece(path, 0, cut), Piece(path, cut, path.stat().st_size)]
+        first, rest = ([r.text for r in read_unit((piece,), "text")] for piece in pieces)
+        assert [*first, *rest] == ["a", "b" * 100, "c"]
+        assert ("b" * 100 in first) == (cut > second)
