@@ -95,9 +95,14 @@ def to_yaml(config: Config) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `parse_yaml` would take for a number, as well as what YAML 1.1 would."""
+    """Quotes what `parse_yaml` would take for a number, as well as what YAML 1.1 would; escapes odd line breaks."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = None if data.isprintable() else '"'  # PyYAML itself would fold a U+0085 into a space
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
+_Dumper.add_representer(str, _Dumper.represent_str)
 _Dumper.add_implicit_resolver("tag:megalm,2026:int", _INT, list("-+0123456789"))
 _Dumper.add_implicit_resolver("tag:megalm,2026:float", _FLOAT, list("-+.0123456789"))
 
