@@ -1,0 +1,88 @@
+"""The `megalm` command: what is typed, to one function call.
+
+Each subcommand is a thin module here and imports its implementation inside the function, so that `megalm --help` and
+mistakes answer at once. `main` is the one place where a user's mistake becomes a line on stderr and an exit code:
+
+    0  done        2  the user can mend it: `megalm: error: ...`        130  interrupted
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import megalm
+from megalm.cli import config, data, evaluate, generate, tokenizer, train
+from megalm.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,  # plain text: a mistake is one line and no box
+    pretty_exceptions_enable=False,
+    help="Pre-trains base language models: from a folder of text to a checkpoint, on any number of devices.",
+)
+app.add_typer(config.app, name="config")
+app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer")
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"megalm {megalm.__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _megalm(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line (`sys.argv` by default). Returns the exit code; a mistake is one line on stderr."""
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(args=arguments, prog_name="megalm", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        return _fail(str(error))
+    except typer.TyperException as error:
+        return _usage(error)
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has enough; nothing more can be written, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return _fail(f"{error.filename}: {reason}" if error.filename else reason)
+
+
+def _fail(message: str) -> int:
+    print("megalm: error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
+    return 2
+
+
+def _usage(error: typer.TyperException) -> int:
+    """A command line that typer refuses."""
+    context = getattr(error, "ctx", None)
+    message = error.format_message()
+    if context is None:
+        return _fail(message)
+    if message == context.get_help():  # a group without a command
+        print(message)
+        return 0
+    return _fail(f"{message.rstrip('.')} (see {context.command_path} --help)")
