@@ -10,11 +10,14 @@ Shapes: T tokens, D hidden, H query heads, K key/value heads, E head dim, F feed
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from megalm.config.sections import Model
 from megalm.model.layers import Embedding, LayerNorm, Linear, RMSNorm
@@ -23,6 +26,7 @@ from megalm.ops.cross_entropy import linear_cross_entropy
 from megalm.ops.rotary import apply_rotary, llama3_scaled, rotary_frequencies, rotary_tables
 
 Rotary = tuple[Tensor, Tensor]
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass
@@ -39,6 +43,18 @@ class LayerCache:
         self.keys[self.length : end], self.values[self.length : end] = k_IKE, v_IKE
         self.length = end
         return self.keys[:end], self.values[:end]
+
+
+KEPT = {  # by selective recomputation: what is slow to compute again
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.megalm.blocked_attention.default,
+}
+
+
+def selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Keeps the results of matrix products and attention; norms, activations and rotations are computed again."""
+    return create_selective_checkpoint_contexts(list(KEPT))
 
 
 def norm_layer(config: Model, width: int) -> RMSNorm | LayerNorm:
@@ -94,16 +110,23 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block, with its activations kept or computed again as `recompute` says."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, recompute: Recompute) -> None:
         super().__init__()
+        self.recompute = recompute
         self.attention_norm = norm_layer(config, config.hidden_size)
         self.attention = Attention(config)
         self.feed_forward_norm = norm_layer(config, config.hidden_size)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x_TD: Tensor, rotary: Rotary | None, segments: Tensor, cache: LayerCache | None = None) -> Tensor:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.compute(x_TD, rotary, segments, cache)
+        context = selective_contexts if self.recompute == "selective" else noop_context_fn
+        return checkpoint(self.compute, x_TD, rotary, segments, use_reentrant=False, context_fn=context)
+
+    def compute(self, x_TD: Tensor, rotary: Rotary | None, segments: Tensor, cache: LayerCache | None = None) -> Tensor:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotary, segments, cache)
         return x_TD + self.feed_forward(self.feed_forward_norm(x_TD))
 
@@ -111,7 +134,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The whole model. `config.vocab_size` must be set. Parameters are uninitialised: see `megalm.model.init`."""
 
-    def __init__(self, config: Model, compute: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: Model, compute: torch.dtype = torch.float32, recompute: Recompute = "none") -> None:
         super().__init__()
         assert config.vocab_size and config.head_dim, "load_config and build derive these"
         self.config, self.compute = config, compute
@@ -120,7 +143,7 @@ class Transformer(nn.Module):
         if config.position == "learned":
             assert config.max_positions, "load_config derives this"
             self.position_embedding = Embedding(config.max_positions, config.hidden_size)
-        self.layers = nn.ModuleDict({str(i): Block(config) for i in range(config.num_layers)})
+        self.layers = nn.ModuleDict({str(i): Block(config, recompute) for i in range(config.num_layers)})
         self.final_norm = norm_layer(config, config.hidden_size)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 

@@ -54,7 +54,9 @@ def _flash_attention(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Tens
     # Key/value heads are repeated by hand: torch 2.11 has no `enable_gqa` here.
     repeats = q_THE.shape[1] // k_TKE.shape[1]
     k_THE, v_THE = k_TKE.repeat_interleave(repeats, 1), v_TKE.repeat_interleave(repeats, 1)
-    return varlen_attn(q_THE, k_THE, v_THE, ends, ends, longest, longest, window_size=(left, 0))
+    out_THE = varlen_attn(q_THE, k_THE, v_THE, ends, ends, longest, longest, window_size=(left, 0))
+    assert isinstance(out_THE, Tensor), "it gives a tuple only if more is asked for"
+    return out_THE
 
 
 def reference_attention(

@@ -1,0 +1,39 @@
+"""AdamW with the usual groups: matrices decay; norms, biases and embeddings do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megalm.config.sections import Optimizer
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies to the parameter of this name."""
+    return parameter.ndim >= 2 and "embedding" not in name
+
+
+def build_adamw(config: Optimizer, model: nn.Module) -> torch.optim.AdamW:
+    """Fused AdamW over `model`'s parameters, its state allocated and zero, so that a checkpoint can be loaded into it."""
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    for _, parameter in named:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's state tensors by name: `optimizer.exp_avg.<parameter>` and so on."""
+    for name, parameter in model.named_parameters():
+        for kind, tensor in optimizer.state[parameter].items():
+            yield f"optimizer.{kind}.{name}", tensor

@@ -1,0 +1,107 @@
+"""The one place where a run's parts are put together from its config, in a fixed order:
+
+1. tokenizer   decides the vocabulary, and with it the model's last derived default
+2. data        opened and checked against the tokenizer, so that every mistake in paths and sizes shows before work starts
+3. device
+4. model       made on the meta device, moved empty, then filled: no second copy of the weights is ever alive
+5. compile     each block alone, so that equal blocks share their code
+6. optimizer   over the parameters where they now live
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megalm.config.sections import Config, Model
+from megalm.data.dataset import Source
+from megalm.data.loader import Loader, MicroBatch
+from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.errors import UserError
+from megalm.model.init import initialise
+from megalm.model.transformer import Recompute, Transformer
+from megalm.optim.adamw import build_adamw, moments
+from megalm.train.device import DTYPES, pick_device
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, all of it checked."""
+
+    config: Config
+    tokenizer: Tokenizer
+    loader: Loader
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run changes."""
+
+    model: Transformer
+    optimizer: torch.optim.AdamW
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds, by name."""
+        named = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        return named | dict(moments(self.optimizer, self.model))
+
+
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """`config` with `model.vocab_size` derived from the tokenizer, or checked against it."""
+    rows = config.model.vocab_size or tokenizer.vocab_size
+    if rows < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={rows} is smaller than the vocabulary of tokenizer.path={config.tokenizer.path}: "
+            f"use {tokenizer.vocab_size} or more, or leave it out"
+        )
+    model = config.model.model_copy(update={"vocab_size": rows})
+    return config.model_copy(update={"model": model})
+
+
+def build_inputs(config: Config) -> Inputs:
+    """Steps 1 to 3: raises a UserError for whatever is wrong, and writes nothing."""
+    ranks = config.parallel.tensor * config.parallel.pipeline.size * int(config.parallel.data)
+    if ranks != 1:
+        raise UserError(
+            f"parallel: tensor × pipeline.size × data = {ranks} processes, but this version trains in one: set all to 1"
+        )
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    config = with_vocabulary(config, tokenizer)
+    sources = [Source(s.name, s.path, tokenizer.fingerprint) for s in config.data.sources]
+    loader = Loader(
+        sources,
+        [source.weight for source in config.data.sources],
+        config.data.sequence_length,
+        config.run.seed,
+        tokenizer.eod,
+        config.model.document_attention,
+        config.data.validation.samples,
+    )
+    return Inputs(config, tokenizer, loader, pick_device(config))
+
+
+def build_parts(config: Config, device: torch.device) -> Parts:
+    """Steps 4 to 6."""
+    model = build_model(config.model, device, DTYPES[config.precision.compute], config.run.recompute)
+    initialise(model, config.run.seed)
+    if config.run.compile:
+        for block in model.layers.values():
+            block.compile()
+    return Parts(model, build_adamw(config.optimizer, model))
+
+
+def build_model(config: Model, device: torch.device, compute: torch.dtype, recompute: Recompute = "none") -> Transformer:
+    """An uninitialised model on `device`."""
+    with torch.device("meta"):
+        model = Transformer(config, compute, recompute)
+    return model.to_empty(device=device)
+
+
+def model_inputs(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `Transformer.forward` takes: tokens, positions, segments, labels, counted."""
+    arrays = (batch.tokens_T, batch.positions_T, batch.segments, batch.labels_T, batch.loss_mask_T)
+    tokens_T, positions_T, segments, labels_T, counted_T = (torch.from_numpy(a).to(device) for a in arrays)
+    return tokens_T, positions_T, segments, labels_T, counted_T

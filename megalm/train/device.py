@@ -1,0 +1,83 @@
+"""The device to compute on: which, how fast at most, how much memory is in use."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+from torch import Tensor
+
+from megalm.config.sections import Config
+from megalm.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Dense bfloat16 matrix peaks in FLOP/s, from the makers' data sheets; the longest name that fits counts.
+GPU_PEAKS = {
+    "V100": 125e12,  # float16: it has no bfloat16 units
+    "A10": 125e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165.2e12,
+    "RTX 5090": 209.5e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "H800": 989.4e12,
+    "H200": 989.4e12,
+    "GH200": 989.4e12,
+    "H20": 148e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "MI250X": 191.5e12,  # one of its two dies
+    "MI300X": 1307.4e12,
+    "MI325X": 1307.4e12,
+}
+SQUARE = 1536  # side of the measured product: large enough for full speed, small enough to take milliseconds
+
+
+def pick_device(config: Config) -> torch.device:
+    """`run.device`, where `auto` is a GPU if there is one."""
+    name = config.run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device=cuda, but torch finds no GPU: use cpu or auto")
+    return torch.device(name)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s at most: from the table for a known GPU in bfloat16, else what a square matrix product reaches."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        known = [gpu for gpu in GPU_PEAKS if all(word in name for word in gpu.split())]
+        if known:
+            return GPU_PEAKS[max(known, key=len)]
+    return measured_matmul(device, dtype)
+
+
+def measured_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of the best of several square matrix products, after a warm-up."""
+    a = torch.randn(SQUARE, SQUARE, dtype=dtype, device=device)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        _wait_for((a @ a).sum())
+        best = min(best, time.perf_counter() - start)
+    return 2 * SQUARE**3 / best
+
+
+def _wait_for(result: Tensor) -> None:
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory: allocated on a GPU, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,88 @@
+"""What a run shows in the terminal: a summary before it starts; while it runs a bar, or plain lines where the output is
+no terminal. Everything that the "megalm" logger says comes out above the bar."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megalm.config.batches import plan_batches
+from megalm.model.transformer import Transformer
+from megalm.train.build import Inputs
+
+logger = logging.getLogger("megalm")
+BYTES_A_PARAMETER = 16  # float32: parameter, gradient, two moments
+
+
+def summary(inputs: Inputs) -> str:
+    """What is about to be trained, in a few lines."""
+    config, model = inputs.config, inputs.config.model
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Transformer(model).parameters())
+    steps = config.schedule.steps
+    assert steps, "load_config derives this"
+    tokens = plan_batches(config.batch).first_sample(steps) * config.data.sequence_length
+    total = sum(source.weight for source in config.data.sources)
+    blend = ", ".join(f"{source.name} {source.weight / total:.0%}" for source in config.data.sources)
+    return "\n".join(
+        [
+            f"model    {parameters:,} parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
+            f"{model.num_heads} heads ({model.num_kv_heads} key/value), feed-forward {model.ffn_size}, "
+            f"vocabulary {model.vocab_size:,}",
+            f"data     {blend}; sequences of {config.data.sequence_length:,} tokens",
+            f"run      {steps:,} steps of {config.batch.global_size:,} sequences, {tokens:,} tokens in all, "
+            f"{tokens / parameters:.1f} a parameter",
+            f"device   {inputs.device.type}, {config.precision.compute}, "
+            f"{parameters * BYTES_A_PARAMETER / 2**20:,.0f} MiB for parameters, gradients and optimizer state",
+        ]
+    )
+
+
+class Terminal(logging.Handler):
+    """The bar and the lines above it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console = Console()
+        self.bar = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> Terminal:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+        logger.removeHandler(self)
+
+    def start(self, steps: int, done: int) -> None:
+        """Shows the bar, with `done` of `steps`."""
+        self.task = self.bar.add_task("", total=steps, completed=done)
+        self.bar.start()
+
+    def step(self, values: dict[str, Any]) -> None:
+        """Shows a logged step; the log file gets its line in any case."""
+        line = (
+            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  grad norm {values['grad_norm']:.2f}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s  mfu {values['mfu']:.0%}"
+        )
+        self.bar.update(self.task, completed=values["step"], description=line)
+        logger.info("step %d: %s", values["step"], line, extra={"shown_by_bar": True})
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not (self.console.is_terminal and hasattr(record, "shown_by_bar")):
+            self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,92 @@
+"""A run's directory, and finding a model in it again.
+
+    runs/tiny/config.yaml        resolved        tokenizer/       a copy of what text was encoded with
+              metrics.jsonl      numbers         tensorboard/     the same
+              train.log          what was said   checkpoints/step-00000100/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+from megalm.checkpoint import latest, load, read_manifest
+from megalm.config import Config, resolve, to_yaml
+from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.errors import UserError
+from megalm.files import write_atomic
+from megalm.model.transformer import Transformer
+from megalm.train.build import build_model
+from megalm.train.device import DTYPES, pick_device
+
+CHECKPOINTS = "checkpoints"
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[Path]:
+    """Makes `run.dir`, keeps other processes out of it, writes config and tokenizer, and logs to `train.log`."""
+    directory = Path(config.run.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run.dir={directory}: another process trains there: choose another directory") from None
+        write_atomic(directory / "config.yaml", to_yaml(config).encode())
+        _copy_tokenizer(Path(config.tokenizer.path), directory / "tokenizer")
+        handler = logging.FileHandler(directory / "train.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger = logging.getLogger("megalm")
+        logger.addHandler(handler)
+        try:
+            yield directory
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """So that the directory can be used after the original has moved. `byte` is no path and needs no copy."""
+    if source.is_dir() and source.resolve() != target.resolve():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    elif source.is_file():
+        target.mkdir(exist_ok=True)
+        shutil.copy2(source, target)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` names: itself, or the newest of a run directory."""
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint: name a run directory or one of its checkpoints/step-...")
+    if path.name.startswith("step-"):
+        return path
+    root = path if path.name == CHECKPOINTS else path / CHECKPOINTS
+    found = latest(root) if root.is_dir() else None
+    if found is None:
+        raise UserError(f"{path}: holds no complete checkpoint: train first, or name another directory")
+    return found
+
+
+def load_model(path: Path) -> tuple[Config, Tokenizer, Transformer]:
+    """The model of the checkpoint that `path` names, with the config and tokenizer it was trained with."""
+    checkpoint = find_checkpoint(path)
+    config = resolve(read_manifest(checkpoint).state["config"])
+    copied = checkpoint.parent.parent / "tokenizer"
+    tokenizer = load_tokenizer(_tokenizer_path(copied) if copied.is_dir() else config.tokenizer.path)
+    device = pick_device(config)
+    model = build_model(config.model, device, DTYPES[config.precision.compute])
+    load(checkpoint, {f"model.{name}": p for name, p in model.named_parameters()}, prefix="model.")
+    return config, tokenizer, model.requires_grad_(False)
+
+
+def _tokenizer_path(copied: Path) -> str:
+    """A directory that `megalm tokenizer train` wrote, or the one file that was given as a tokenizer."""
+    files = sorted(copied.iterdir())
+    return str(files[0] if len(files) == 1 else copied)
+
+

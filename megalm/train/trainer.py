@@ -1,0 +1,255 @@
+"""The training loop.
+
+    for each step:  batch -> plan -> executor (forward, backward) -> clip -> AdamW -> metrics -> evaluation -> checkpoint
+
+A run is started and continued by the same command: it goes on from the newest complete checkpoint in its directory, and
+because nothing in it depends on anything but the config, the data and `consumed_samples`, it goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalm import checkpoint
+from megalm.config import Config
+from megalm.config.batches import plan_batches
+from megalm.data.loader import MicroBatch
+from megalm.errors import UserError
+from megalm.model.counts import seen_pairs, training_flops
+from megalm.optim.schedule import learning_rate_factor
+from megalm.parallel.pipeline.executor import execute
+from megalm.parallel.pipeline.plan import one_stage_plan
+from megalm.train.build import Inputs, Parts, build_inputs, build_parts, model_inputs
+from megalm.train.device import DTYPES, memory_bytes, peak_flops
+from megalm.train.evaluate import evaluation_line, score_sources
+from megalm.train.metrics import Metrics
+from megalm.train.progress import Terminal, summary
+from megalm.train.run_directory import CHECKPOINTS, opened
+from megalm.train.signals import StopRequest
+
+logger = logging.getLogger("megalm")
+
+
+@dataclass
+class Position:
+    """How far a run is; with the parameters and the optimizer's state, all that a checkpoint must hold."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    tokens: int = 0
+    tokens_by_source: dict[str, int] = field(default_factory=dict)
+
+
+def run(config: Config, dry_run: bool = False) -> None:
+    """Trains what `config` says, from the start or from where its directory's newest checkpoint is.
+
+    Raises a UserError before anything is written if something is wrong with the config or what it names. With
+    `dry_run`, stops after all checks and a summary.
+    """
+    inputs = build_inputs(config)
+    print(summary(inputs))
+    if dry_run:
+        print("dry run: everything that can be checked is well; nothing was written")
+        return
+    with Terminal() as terminal, opened(inputs.config) as directory:
+        Trainer(inputs, directory).train(terminal)
+
+
+class Trainer:
+    """One run in its directory."""
+
+    def __init__(self, inputs: Inputs, directory: Path) -> None:
+        self.inputs, self.config, self.directory = inputs, inputs.config, directory
+        self.batches = plan_batches(self.config.batch)
+        self.parts: Parts = build_parts(self.config, inputs.device)
+        self.position = Position(tokens_by_source=dict.fromkeys(inputs.loader.source_names, 0))
+        self._resume()
+
+    @property
+    def steps(self) -> int:
+        """Length of the run."""
+        assert self.config.schedule.steps, "load_config derives this"
+        return self.config.schedule.steps
+
+    def train(self, terminal: Terminal) -> None:
+        """All steps that are left."""
+        if self.position.step >= self.steps:
+            logger.info("%s: complete: all %d steps are done", self.directory, self.steps)
+            return
+        self.peak = peak_flops(self.inputs.device, DTYPES[self.config.precision.compute])
+        events = self.directory / "tensorboard" if self.config.log.tensorboard else None
+        with (
+            StopRequest() as stop,
+            closing(Metrics(self.directory / "metrics.jsonl", events, self.position.step)) as metrics,
+            closing(self.inputs.loader.stream(self.position.consumed_samples, self._micro_sizes())) as stream,
+        ):
+            terminal.start(self.steps, self.position.step)
+            if self.position.step == 0:
+                self._evaluate(metrics)
+            while self.position.step < self.steps and stop.received is None:
+                values = self._step(stream)
+                done = self.position.step
+                if done % self.config.log.every == 0 or done == self.steps:
+                    metrics.write(values)
+                    terminal.step(values)
+                last = done == self.steps
+                if last or done % _every(self.config.evaluate.every) == 0:
+                    self._evaluate(metrics)
+                if last or done % _every(self.config.checkpoint.every) == 0 or stop.received is not None:
+                    metrics.sync()
+                    self._save()
+        if stop.received is not None:
+            logger.info("%s: stopped at step %d and saved", stop.received.name, self.position.step)
+
+    def _micro_sizes(self) -> Iterator[list[int]]:
+        """The micro-batch sizes of each step that is left."""
+        micro = self.config.batch.micro_size
+        assert micro, "load_config derives this"
+        for step in range(self.position.step, self.steps):
+            yield [micro] * (self.batches.size(step) // micro)
+
+    def _step(self, stream: Iterator[list[MicroBatch]]) -> dict[str, Any]:
+        """One update of the parameters; returns its metrics."""
+        started = time.perf_counter()
+        batch = next(stream)
+        waited = time.perf_counter() - started
+        model, optimizer, device = self.parts.model, self.parts.optimizer, self.inputs.device
+        counted = max(1, sum(int(part.loss_mask_T.sum()) for part in batch))
+        nats = torch.zeros((), dtype=torch.float64, device=device)
+
+        def forward(i: int) -> Tensor:
+            objective, cross_entropy = model(*model_inputs(batch[i], device))
+            nats.add_(cross_entropy)
+            return objective / counted
+
+        execute(one_stage_plan(len(batch))[0], forward)
+        clip = self.config.optimizer.clip_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+        loss = nats.item() / counted
+        step = self.position.step + 1
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise UserError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: training has diverged; nothing was saved since the "
+                f"last checkpoint: lower optimizer.learning_rate={self.config.optimizer.learning_rate} or lengthen "
+                f"schedule.warmup_steps={self.config.schedule.warmup_steps}"
+            )
+        learning_rate = self._learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+        self._advance(batch)
+
+        seconds = time.perf_counter() - started
+        tokens = sum(len(part.tokens_T) for part in batch)
+        pairs = sum(seen_pairs(part.segments.tolist(), self.config.model.sliding_window) for part in batch)
+        return {
+            "step": step,
+            "tokens": self.position.tokens,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": tokens / seconds,
+            "mfu": training_flops(self.config.model, tokens, pairs) / seconds / self.peak,
+            "step_seconds": seconds,
+            "data_wait_seconds": waited,
+            "memory_bytes": memory_bytes(device),
+            "tokens_by_source": dict(self.position.tokens_by_source),
+        }
+
+    def _advance(self, batch: list[MicroBatch]) -> None:
+        position, names = self.position, self.inputs.loader.source_names
+        position.step += 1
+        for part in batch:
+            position.consumed_samples += len(part.sources_B)
+            position.tokens += len(part.tokens_T)
+            for source in part.sources_B.tolist():
+                position.tokens_by_source[names[source]] += part.sequence_length
+
+    def _learning_rate(self, step: int) -> float:
+        schedule = self.config.schedule
+        assert schedule.warmup_steps is not None, "load_config derives this"
+        factor = learning_rate_factor(
+            schedule.kind, step, self.steps, schedule.warmup_steps, schedule.decay_steps or 0, schedule.min_ratio
+        )
+        return self.config.optimizer.learning_rate * factor
+
+    def _evaluate(self, metrics: Metrics) -> None:
+        micro = self.config.batch.micro_size
+        if self.config.data.validation.samples == 0 or micro is None:
+            return
+        held_out = self.inputs.loader.validation(micro)
+        scores = score_sources(self.parts.model, self.inputs.tokenizer, held_out)
+        line = evaluation_line(self.position.step, self.position.tokens, scores)
+        metrics.write(line)
+        logger.info(
+            "step %d: validation loss %.4f, %.4f bits per byte (%s)",
+            line["step"],
+            line["loss"],
+            line["bits_per_byte"],
+            ", ".join(f"{name} {part.loss:.4f}" for name, part in scores.items()),
+        )
+
+    def _save(self) -> None:
+        state = {
+            "position": asdict(self.position),
+            "data": self.inputs.loader.fingerprint,
+            "config": self.config.model_dump(mode="json"),
+        }
+        root = self.directory / CHECKPOINTS
+        checkpoint.save(root, self.position.step, self.parts.tensors(), state, self.config.checkpoint.keep)
+
+    def _resume(self) -> None:
+        """Goes to the newest intact checkpoint, if there is one."""
+        root = self.directory / CHECKPOINTS
+        for found in checkpoint.complete(root) if root.is_dir() else ():
+            saved = checkpoint.read_manifest(found).state
+            if saved["data"] != self.inputs.loader.fingerprint:
+                raise UserError(
+                    f"{found}: was trained on other data or in another order ({_differences(saved['config'], self.config)}): "
+                    "continue with the same data section and run.seed, or choose another run.dir"
+                )
+            try:
+                checkpoint.load(found, self.parts.tensors())
+            except checkpoint.DamagedCheckpoint as damage:
+                logger.warning("%s; trying the one before", damage)
+                continue
+            self.position = Position(**saved["position"])
+            logger.info("continuing from %s", found)
+            if changes := _differences(saved["config"], self.config):
+                logger.info("changed since then: %s", changes)
+            return
+        if root.is_dir() and any(root.glob("step-*")):
+            raise UserError(f"{root}: no checkpoint is intact: choose another run.dir, or remove this one to start anew")
+
+
+def _every(steps: int | None) -> int:
+    assert steps, "load_config derives this"
+    return steps
+
+
+def _differences(saved: dict[str, Any], config: Config) -> str:
+    """`section.key: old -> new` of everything in which two configs differ."""
+    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key))
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, list):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
