@@ -43,10 +43,10 @@ class NinjaBuild(build_ext):
             ninja.variable("ldflags", os.environ.get("LDFLAGS", ""))
             ninja.rule("compile", "$cxx $cxxflags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             ninja.rule("link", "$cxx -shared $in -o $out $ldflags")
-            objects = []
-            for source in ext.sources:
-                objects += ninja.build(f"{Path(source).stem}.o", "compile", str((ROOT / source).resolve()))
-            ninja.build(str(output), "link", objects)
+            objects = {f"{Path(source).stem}.o": str((ROOT / source).resolve()) for source in ext.sources}
+            for target, source in objects.items():
+                ninja.build([target], "compile", [source])
+            ninja.build([str(output)], "link", list(objects))
             ninja.default(str(output))
         subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(work)], check=True)
 
@@ -68,7 +68,7 @@ setup(
         "numpy",
         "pydantic>=2",
         "pyyaml",
-        "typer",
+        "typer>=0.29",
         "rich",
         "orjson",
         "xxhash",
@@ -79,6 +79,15 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib"],
-        "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "transformers", "types-PyYAML"],
+        "test": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "transformers",
+            "types-PyYAML",
+        ],
     },
 )

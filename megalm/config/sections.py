@@ -7,13 +7,20 @@ which is written to the run directory, has no hidden value. Relative paths are r
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 FilePath = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
+T = TypeVar("T")
+
+
+def known(value: T | None) -> T:
+    """A derived default of a resolved config, where it is never None."""
+    assert value is not None, "only a resolved config may be used"
+    return value
 
 
 class Section(BaseModel):

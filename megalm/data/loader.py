@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -146,7 +146,7 @@ class Loader:
         """Training samples [first, first + count): the same whenever and in whatever portions they are asked for."""
         return self._gather(self._order.locate(first, count))
 
-    def stream(self, start: int, sizes: Iterable[Sequence[int]]) -> Iterator[list[MicroBatch]]:
+    def stream(self, start: int, sizes: Iterable[Sequence[int]]) -> Generator[list[MicroBatch], None, None]:
         """Global batches from sample `start` on: one for each item of `sizes`, which lists its micro-batches' sizes.
 
         A thread prepares them ahead; an error there is raised here, at the batch that it is about. Closing the

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from megalm.config.sections import Model
+from megalm.config.sections import Model, known
 
 
 def matrix_parameters(config: Model) -> int:
     """Weights that take part in a matrix product for each token: all blocks' matrices and the head."""
-    assert config.head_dim and config.num_kv_heads and config.vocab_size, "load_config and build derive these"
-    attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+    heads = config.num_heads + known(config.num_kv_heads)
+    attention = config.hidden_size * known(config.head_dim) * 2 * heads
     feed_forward = config.hidden_size * config.ffn_size * (3 if config.activation == "swiglu" else 2)
-    return config.num_layers * (attention + feed_forward) + config.vocab_size * config.hidden_size
+    return config.num_layers * (attention + feed_forward) + known(config.vocab_size) * config.hidden_size
 
 
 def seen_pairs(segments: Sequence[int], window: int | None) -> int:
@@ -34,6 +34,5 @@ def seen_pairs(segments: Sequence[int], window: int | None) -> int:
 
 def training_flops(config: Model, tokens: int, pairs: int) -> int:
     """Operations of the forward and backward pass over `tokens` tokens with `pairs` seen (query, key) pairs."""
-    assert config.head_dim, "load_config derives this"
-    attention = 12 * config.num_layers * config.num_heads * config.head_dim * pairs
+    attention = 12 * config.num_layers * config.num_heads * known(config.head_dim) * pairs
     return 6 * matrix_parameters(config) * tokens + attention

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from megalm.config.sections import Model
+from megalm.config.sections import Model, known
 from megalm.model.layers import Embedding, LayerNorm, Linear, RMSNorm
 from megalm.ops.attention import attention, attention_to_cache
 from megalm.ops.cross_entropy import linear_cross_entropy
@@ -66,9 +66,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        assert config.num_kv_heads and config.head_dim, "load_config derives these"
-        hidden, self.head_dim = config.hidden_size, config.head_dim
-        q_width, kv_width = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        hidden, self.head_dim = config.hidden_size, known(config.head_dim)
+        q_width, kv_width = config.num_heads * self.head_dim, known(config.num_kv_heads) * self.head_dim
         self.query = Linear(hidden, q_width, config.qkv_bias)
         self.key = Linear(hidden, kv_width, config.qkv_bias)
         self.value = Linear(hidden, kv_width, config.qkv_bias)
@@ -136,23 +135,23 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Model, compute: torch.dtype = torch.float32, recompute: Recompute = "none") -> None:
         super().__init__()
-        assert config.vocab_size and config.head_dim, "load_config and build derive these"
         self.config, self.compute = config, compute
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(known(config.vocab_size), config.hidden_size)
         self.position_embedding = None
         if config.position == "learned":
-            assert config.max_positions, "load_config derives this"
-            self.position_embedding = Embedding(config.max_positions, config.hidden_size)
+            self.position_embedding = Embedding(known(config.max_positions), config.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(config, recompute) for i in range(config.num_layers)})
         self.final_norm = norm_layer(config, config.hidden_size)
-        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, known(config.vocab_size), bias=False)
 
     @property
     def head_weight(self) -> Tensor:
         """The output matrix [V, D], the embedding's where it is tied."""
         return (self.head or self.embedding).weight
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, segments: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, segments: Tensor, caches: list[LayerCache] | None = None
+    ) -> Tensor:
         """x_TD after the last norm, in the compute type."""
         x_TD = self.embedding(tokens_T, self.compute)
         rotary = None
@@ -181,8 +180,7 @@ class Transformer(nn.Module):
 
     def frequencies(self, device: torch.device) -> Tensor:
         """Rotary frequencies [E/2], with the config's scaling."""
-        assert self.config.head_dim, "load_config derives this"
-        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta)
+        frequencies = rotary_frequencies(known(self.config.head_dim), self.config.rope_theta)
         if scaling := self.config.rope_scaling:
             frequencies = llama3_scaled(
                 frequencies,

@@ -33,7 +33,12 @@ SCORES = 1 << 20  # scores of a block that are alive at once, where several segm
 
 
 def attention(
-    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Tensor, window: int | None = None, softcap: float | None = None
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    segments: Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of each token within its segment.
 
@@ -60,7 +65,12 @@ def _flash_attention(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Tens
 
 
 def reference_attention(
-    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Tensor, window: int | None = None, softcap: float | None = None
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    segments: Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The definition of `attention`, with a dense mask."""
     T, H, E = q_THE.shape
@@ -131,7 +141,9 @@ def _attend(q_BRIE: Tensor, k_BJE: Tensor, v_BJE: Tensor, window: int, softcap: 
     return out_BRIE
 
 
-def _probabilities(q_BXE: Tensor, k_BJE: Tensor, rows: int, window: int, softcap: float) -> tuple[Tensor, Tensor | None]:
+def _probabilities(
+    q_BXE: Tensor, k_BJE: Tensor, rows: int, window: int, softcap: float
+) -> tuple[Tensor, Tensor | None]:
     """softmax(scores) of one block, B = G·K, X = R·I; and the soft-cap's derivative where there is one."""
     B, X, E = q_BXE.shape
     J = k_BJE.shape[1]
@@ -158,7 +170,11 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, window:
     kv_heads = k.shape[1]
     for first, length, count in _equal_runs(segments, q.shape[1]):
         tokens = slice(first, first + length * count)
-        q_BRNE, k_BNE, v_BNE = _by_group(q[tokens], count, kv_heads), _by_head(k[tokens], count), _by_head(v[tokens], count)
+        q_BRNE, k_BNE, v_BNE = (
+            _by_group(q[tokens], count, kv_heads),
+            _by_head(k[tokens], count),
+            _by_head(v[tokens], count),
+        )
         out_BRNE = _attend(q_BRNE, k_BNE, v_BNE, window, softcap)
         out_THE[tokens].view(count, length, *q.shape[1:])[:] = _by_token(out_BRNE, count)
     return out_THE
@@ -182,7 +198,11 @@ def blocked_attention_backward(
     kv_heads, scale = k.shape[1], 1 / math.sqrt(q.shape[2])
     for first, length, count in _equal_runs(segments, q.shape[1]):
         tokens = slice(first, first + length * count)
-        q_BRNE, k_BNE, v_BNE = _by_group(q[tokens], count, kv_heads), _by_head(k[tokens], count), _by_head(v[tokens], count)
+        q_BRNE, k_BNE, v_BNE = (
+            _by_group(q[tokens], count, kv_heads),
+            _by_head(k[tokens], count),
+            _by_head(v[tokens], count),
+        )
         go_BRNE = _by_group(grad_out[tokens], count, kv_heads)
         B, R, N, E = q_BRNE.shape
         gq_BRNE = torch.empty_like(q_BRNE)

@@ -6,7 +6,8 @@ For a slice of C tokens: z = x W^T, optionally z <- cap tanh(z / cap); lse = log
     d objective / dz = (softmax(z) * (1 + 2 z_loss lse) - onehot(label)) * counted
 
 The gradients of x and W are computed in the forward pass, while the slice's logits are at hand, and only scaled in the
-backward pass. So nothing is computed twice and the memory is that of one slice. z-loss: PaLM (arXiv 2204.02311), section 5.
+backward pass. So nothing is computed twice and the memory is that of one slice. z-loss: PaLM, section 5
+(arXiv 2204.02311).
 
 Shapes: T tokens, C tokens of a slice, D hidden, V vocabulary.
 """

@@ -16,7 +16,7 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def build_adamw(config: Optimizer, model: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW over `model`'s parameters, its state allocated and zero, so that a checkpoint can be loaded into it."""
+    """Fused AdamW over `model`'s parameters, its state allocated, so that a checkpoint can be loaded into it."""
     named = list(model.named_parameters())
     groups = [
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},

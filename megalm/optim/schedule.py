@@ -20,7 +20,7 @@ def learning_rate_factor(
     decay_steps: int,
     min_ratio: float,
 ) -> float:
-    """Share of the peak at update `step`, counted from 1 to `steps`; the last update has `min_ratio` (1 if constant)."""
+    """Share of the peak at update `step`, counted from 1 to `steps`; the last has `min_ratio` (1 if constant)."""
     if step < warmup_steps:
         return step / warmup_steps
     if kind == "constant":

@@ -1,7 +1,7 @@
 """The one place where a run's parts are put together from its config, in a fixed order:
 
 1. tokenizer   decides the vocabulary, and with it the model's last derived default
-2. data        opened and checked against the tokenizer, so that every mistake in paths and sizes shows before work starts
+2. data        opened and checked against the tokenizer, so that mistakes in paths and sizes show before work starts
 3. device
 4. model       made on the meta device, moved empty, then filled: no second copy of the weights is ever alive
 5. compile     each block alone, so that equal blocks share their code
@@ -93,7 +93,9 @@ def build_parts(config: Config, device: torch.device) -> Parts:
     return Parts(model, build_adamw(config.optimizer, model))
 
 
-def build_model(config: Model, device: torch.device, compute: torch.dtype, recompute: Recompute = "none") -> Transformer:
+def build_model(
+    config: Model, device: torch.device, compute: torch.dtype, recompute: Recompute = "none"
+) -> Transformer:
     """An uninitialised model on `device`."""
     with torch.device("meta"):
         model = Transformer(config, compute, recompute)

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megalm.config.sections import known
 from megalm.data.dataset import Source
 from megalm.data.loader import MicroBatch, windows
 from megalm.data.tokenizer import Tokenizer
@@ -27,7 +28,6 @@ from megalm.parallel.pipeline.executor import execute
 from megalm.parallel.pipeline.plan import one_stage_plan
 from megalm.train.build import model_inputs
 from megalm.train.run_directory import load_model
-
 
 GROUP = 32  # micro-batches that one plan takes through the model
 
@@ -104,8 +104,7 @@ def evaluate_command(checkpoint: Path, data: Sequence[Path]) -> None:
     config, tokenizer, model = load_model(checkpoint)
     length, held_out = config.data.sequence_length, config.data.validation.samples
     trained_on = {Path(source.path).resolve() for source in config.data.sources}
-    micro_size = config.batch.micro_size
-    assert micro_size, "load_config derives this"
+    micro_size = known(config.batch.micro_size)
     table = Table("source", "part", "sequences", "tokens", "loss", "perplexity", "bits/byte")
     scores = []
     for number, directory in enumerate(data):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megalm.config.sections import known
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
 from megalm.model.transformer import LayerCache, Transformer
@@ -41,12 +42,9 @@ def generate(
 ) -> Iterator[int]:
     """Continues `prompt` (at least one token) until `eod`, which is not given, or `max_new_tokens`."""
     config, device = model.config, model.embedding.weight.device
-    assert config.num_kv_heads and config.head_dim, "load_config derives these"
     capacity = len(prompt) + max_new_tokens
-    shape = (capacity, config.num_kv_heads, config.head_dim)
-    caches = [
-        LayerCache(*torch.empty(2, *shape, dtype=model.compute, device=device)) for _ in range(config.num_layers)
-    ]
+    shape = (capacity, known(config.num_kv_heads), known(config.head_dim))
+    caches = [LayerCache(*torch.empty(2, *shape, dtype=model.compute, device=device)) for _ in range(config.num_layers)]
     generator = torch.Generator().manual_seed(seed)
     new_I, done = torch.tensor(prompt, device=device), 0
     for _ in range(max_new_tokens):

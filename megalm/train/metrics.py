@@ -18,7 +18,8 @@ class Metrics:
 
     def __init__(self, path: Path, events: Path | None, last_step: int) -> None:
         if path.exists():
-            write_atomic(path, b"".join(line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step))
+            kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
+            write_atomic(path, b"".join(kept))
         self._file = path.open("ab", buffering=0)
         self._events = None
         if events is not None:

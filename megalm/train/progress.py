@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megalm.config.batches import plan_batches
+from megalm.config.sections import known
 from megalm.model.transformer import Transformer
 from megalm.train.build import Inputs
 
@@ -24,8 +25,7 @@ def summary(inputs: Inputs) -> str:
     config, model = inputs.config, inputs.config.model
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Transformer(model).parameters())
-    steps = config.schedule.steps
-    assert steps, "load_config derives this"
+    steps = known(config.schedule.steps)
     tokens = plan_batches(config.batch).first_sample(steps) * config.data.sequence_length
     total = sum(source.weight for source in config.data.sources)
     blend = ", ".join(f"{source.name} {source.weight / total:.0%}" for source in config.data.sources)
@@ -65,7 +65,9 @@ class Terminal(logging.Handler):
         logger.addHandler(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bar.stop()
         logger.removeHandler(self)
 

@@ -1,8 +1,8 @@
 """A run's directory, and finding a model in it again.
 
-    runs/tiny/config.yaml        resolved        tokenizer/       a copy of what text was encoded with
-              metrics.jsonl      numbers         tensorboard/     the same
-              train.log          what was said   checkpoints/step-00000100/
+runs/tiny/config.yaml        resolved        tokenizer/       a copy of what text was encoded with
+          metrics.jsonl      numbers         tensorboard/     the same
+          train.log          what was said   checkpoints/step-00000100/
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
 
 from megalm.checkpoint import latest, load, read_manifest
 from megalm.config import Config, resolve, to_yaml
@@ -75,7 +74,7 @@ def find_checkpoint(path: Path) -> Path:
 def load_model(path: Path) -> tuple[Config, Tokenizer, Transformer]:
     """The model of the checkpoint that `path` names, with the config and tokenizer it was trained with."""
     checkpoint = find_checkpoint(path)
-    config = resolve(read_manifest(checkpoint).state["config"])
+    config = resolve(read_manifest(checkpoint).state["config"], world_size=None)
     copied = checkpoint.parent.parent / "tokenizer"
     tokenizer = load_tokenizer(_tokenizer_path(copied) if copied.is_dir() else config.tokenizer.path)
     device = pick_device(config)
@@ -88,5 +87,3 @@ def _tokenizer_path(copied: Path) -> str:
     """A directory that `megalm tokenizer train` wrote, or the one file that was given as a tokenizer."""
     files = sorted(copied.iterdir())
     return str(files[0] if len(files) == 1 else copied)
-
-

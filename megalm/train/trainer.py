@@ -1,6 +1,6 @@
 """The training loop.
 
-    for each step:  batch -> plan -> executor (forward, backward) -> clip -> AdamW -> metrics -> evaluation -> checkpoint
+    each step: batch -> plan -> executor (forward, backward) -> clip -> AdamW -> metrics -> evaluation -> checkpoint
 
 A run is started and continued by the same command: it goes on from the newest complete checkpoint in its directory, and
 because nothing in it depends on anything but the config, the data and `consumed_samples`, it goes on bit for bit.
@@ -23,6 +23,7 @@ from torch import Tensor
 from megalm import checkpoint
 from megalm.config import Config
 from megalm.config.batches import plan_batches
+from megalm.config.sections import known
 from megalm.data.loader import MicroBatch
 from megalm.errors import UserError
 from megalm.model.counts import seen_pairs, training_flops
@@ -73,13 +74,8 @@ class Trainer:
         self.batches = plan_batches(self.config.batch)
         self.parts: Parts = build_parts(self.config, inputs.device)
         self.position = Position(tokens_by_source=dict.fromkeys(inputs.loader.source_names, 0))
+        self.steps = known(self.config.schedule.steps)
         self._resume()
-
-    @property
-    def steps(self) -> int:
-        """Length of the run."""
-        assert self.config.schedule.steps, "load_config derives this"
-        return self.config.schedule.steps
 
     def train(self, terminal: Terminal) -> None:
         """All steps that are left."""
@@ -103,9 +99,9 @@ class Trainer:
                     metrics.write(values)
                     terminal.step(values)
                 last = done == self.steps
-                if last or done % _every(self.config.evaluate.every) == 0:
+                if last or done % known(self.config.evaluate.every) == 0:
                     self._evaluate(metrics)
-                if last or done % _every(self.config.checkpoint.every) == 0 or stop.received is not None:
+                if last or done % known(self.config.checkpoint.every) == 0 or stop.received is not None:
                     metrics.sync()
                     self._save()
         if stop.received is not None:
@@ -113,8 +109,7 @@ class Trainer:
 
     def _micro_sizes(self) -> Iterator[list[int]]:
         """The micro-batch sizes of each step that is left."""
-        micro = self.config.batch.micro_size
-        assert micro, "load_config derives this"
+        micro = known(self.config.batch.micro_size)
         for step in range(self.position.step, self.steps):
             yield [micro] * (self.batches.size(step) // micro)
 
@@ -139,8 +134,8 @@ class Trainer:
         step = self.position.step + 1
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}: training has diverged; nothing was saved since the "
-                f"last checkpoint: lower optimizer.learning_rate={self.config.optimizer.learning_rate} or lengthen "
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: training has diverged; the last checkpoint "
+                f"is from before: lower optimizer.learning_rate={self.config.optimizer.learning_rate} or lengthen "
                 f"schedule.warmup_steps={self.config.schedule.warmup_steps}"
             )
         learning_rate = self._learning_rate(step)
@@ -178,17 +173,14 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         schedule = self.config.schedule
-        assert schedule.warmup_steps is not None, "load_config derives this"
-        factor = learning_rate_factor(
-            schedule.kind, step, self.steps, schedule.warmup_steps, schedule.decay_steps or 0, schedule.min_ratio
-        )
+        warmup, decay = known(schedule.warmup_steps), schedule.decay_steps or 0
+        factor = learning_rate_factor(schedule.kind, step, self.steps, warmup, decay, schedule.min_ratio)
         return self.config.optimizer.learning_rate * factor
 
     def _evaluate(self, metrics: Metrics) -> None:
-        micro = self.config.batch.micro_size
-        if self.config.data.validation.samples == 0 or micro is None:
+        if self.config.data.validation.samples == 0:
             return
-        held_out = self.inputs.loader.validation(micro)
+        held_out = self.inputs.loader.validation(known(self.config.batch.micro_size))
         scores = score_sources(self.parts.model, self.inputs.tokenizer, held_out)
         line = evaluation_line(self.position.step, self.position.tokens, scores)
         metrics.write(line)
@@ -215,8 +207,9 @@ class Trainer:
         for found in checkpoint.complete(root) if root.is_dir() else ():
             saved = checkpoint.read_manifest(found).state
             if saved["data"] != self.inputs.loader.fingerprint:
+                changes = _differences(saved["config"], self.config)
                 raise UserError(
-                    f"{found}: was trained on other data or in another order ({_differences(saved['config'], self.config)}): "
+                    f"{found}: was trained on other data or in another order ({changes or 'prepared anew'}): "
                     "continue with the same data section and run.seed, or choose another run.dir"
                 )
             try:
@@ -230,18 +223,14 @@ class Trainer:
                 logger.info("changed since then: %s", changes)
             return
         if root.is_dir() and any(root.glob("step-*")):
-            raise UserError(f"{root}: no checkpoint is intact: choose another run.dir, or remove this one to start anew")
-
-
-def _every(steps: int | None) -> int:
-    assert steps, "load_config derives this"
-    return steps
+            raise UserError(f"{root}: no checkpoint is intact: choose another run.dir or remove this one")
 
 
 def _differences(saved: dict[str, Any], config: Config) -> str:
     """`section.key: old -> new` of everything in which two configs differ."""
     old, new = _flat(saved), _flat(config.model_dump(mode="json"))
-    return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key))
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -56,7 +56,7 @@ def randomised(config: Model) -> Transformer:
     initialise(model, seed=7)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases off their initial ones and zeros
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
             else:
@@ -82,7 +82,11 @@ LLAMAS = {
 FAMILIES = {
     **{name: (transformers.LlamaConfig, ours, theirs) for name, (ours, theirs) in LLAMAS.items()},
     "qwen 3": (transformers.Qwen3Config, {"qk_norm": True}, {}),
-    "qwen 3, tied": (transformers.Qwen3Config, {"qk_norm": True, "tie_embeddings": True}, {"tie_word_embeddings": True}),
+    "qwen 3, tied": (
+        transformers.Qwen3Config,
+        {"qk_norm": True, "tie_embeddings": True},
+        {"tie_word_embeddings": True},
+    ),
     "qwen 2": (transformers.Qwen2Config, {"qkv_bias": True}, {}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 20}, {"sliding_window": 20}),
 }

@@ -1,7 +1,7 @@
 """What a pipeline rank does in one step, as data: a list of actions, made before the step and run by the executor.
 
 One stage is the plan for no pipeline: each micro-batch goes forward and straight back, so that one micro-batch's
-activations are alive at a time and gradients add up (gradient accumulation):  F0 B0 F1 B1 ... ; for evaluation F0 F1 ...
+activations are alive at a time and gradients add up (gradient accumulation): F0 B0 F1 B1 ...; for evaluation F0 F1 ...
 """
 
 from __future__ import annotations
