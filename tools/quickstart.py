@@ -1,7 +1,7 @@
-"""From nothing to a small base model that writes: the text that every machine with Python has, through megalm's commands.
+"""From nothing to a small base model that writes, on text that every machine with Python has.
 
-Three sources: `code`, the standard library's modules; `docs`, their docstrings and pydoc's topics; `web`, the READMEs in
-the metadata of installed packages. Each command is shown as it runs and can be typed by hand just so.
+Three sources: `code`, the standard library's modules; `docs`, their docstrings and pydoc's topics; `web`, the READMEs
+in the metadata of installed packages. Each command is shown as it runs and can be typed by hand just so.
 """
 
 from __future__ import annotations

@@ -83,10 +83,11 @@ class Trainer:
             logger.info("%s: complete: all %d steps are done", self.directory, self.steps)
             return
         self.peak = peak_flops(self.inputs.device, DTYPES[self.config.precision.compute])
+        last_line = self.position.step or -1  # a run that starts anew evaluates at step 0 anew
         events = self.directory / "tensorboard" if self.config.log.tensorboard else None
         with (
             StopRequest() as stop,
-            closing(Metrics(self.directory / "metrics.jsonl", events, self.position.step)) as metrics,
+            closing(Metrics(self.directory / "metrics.jsonl", events, last_line)) as metrics,
             closing(self.inputs.loader.stream(self.position.consumed_samples, self._micro_sizes())) as stream,
         ):
             terminal.start(self.steps, self.position.step)
