@@ -21,6 +21,10 @@ from pathlib import Path
 
 import yaml
 
+from megalm.config import load_config
+from megalm.config.presets import parameter_count
+from megalm.config.sections import known
+
 SOURCES = {"code": 0.5, "docs": 0.25, "web": 0.25}
 PROMPTS = ("def read_file(path):\n", "class Stack:\n", "The module provides")
 VALIDATION_SAMPLES = 16
@@ -107,8 +111,10 @@ def report(run: Path) -> None:
     evaluations = [line for line in lines if line.get("kind") == "evaluation"]
     first, last, middle = evaluations[0], evaluations[-1], sorted(step["tokens_per_second"] for step in steps)
     mfu = sorted(step["mfu"] for step in steps)
+    config = load_config(run / "config.yaml")
     print("\nresult")
     for name, value in (
+        ("parameters", f"{parameter_count(config.model, known(config.model.vocab_size)):,}"),
         ("tokens seen", f"{steps[-1]['tokens']:,}"),
         ("training loss", f"{steps[-1]['loss']:.3f}"),
         (
