@@ -47,8 +47,9 @@ def _shape(num_layers: int, hidden_size: int, num_heads: int, ffn_size: int, **o
 PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
     {
         # Sizes to try things with; the vocabulary is the tokenizer's.
-        "llama-tiny": _shape(4, 256, 4, 768, num_kv_heads=2, tie_embeddings=True),
-        "llama-small": _shape(8, 384, 6, 1024),
+        # They start with about 1 / sqrt(hidden_size): with 0.02 they stay at unigram statistics for hundreds of steps.
+        "llama-tiny": _shape(4, 256, 4, 768, num_kv_heads=2, tie_embeddings=True, init_std=0.05),
+        "llama-small": _shape(8, 384, 6, 1024, init_std=0.05),
         # Published models.
         "llama2-7b": _shape(32, 4096, 32, 11008, vocab_size=32000),
         "llama3-8b": _shape(32, 4096, 32, 14336, **_LLAMA3),
