@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from megalm.errors import UserError
 from megalm.files import write_atomic
 
 
@@ -20,7 +21,7 @@ class Metrics:
         if path.exists():
             kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
             write_atomic(path, b"".join(kept))
-        self._file = path.open("ab", buffering=0)
+        self._path, self._file = path, path.open("ab")
         self._events = None
         if events is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -28,8 +29,12 @@ class Metrics:
             self._events = SummaryWriter(str(events), purge_step=last_step + 1)
 
     def write(self, values: dict[str, Any]) -> None:
-        """`values` has `step`; one write call, so that a kill cannot leave half a line behind a whole one."""
-        self._file.write(orjson.dumps(values) + b"\n")
+        """`values` has `step`. Raises UserError if it cannot be written; half a line is dropped when the run goes on."""
+        try:
+            self._file.write(orjson.dumps(values) + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write: {error.strerror}; the last checkpoint is intact") from error
         if self._events is not None:
             kind = values.get("kind", "train")
             for name, value in _flat(values):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,14 @@ from megalm.train.device import DTYPES, pick_device
 CHECKPOINTS = "checkpoints"
 
 
+class RunLog(logging.FileHandler):
+    """The log file; what cannot be written to it ends the run instead of being printed among its lines."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        raise UserError(f"{self.baseFilename}: cannot write: {error}; the last checkpoint is intact") from error
+
+
 @contextmanager
 def opened(config: Config) -> Iterator[Path]:
     """Makes `run.dir`, keeps other processes out of it, writes config and tokenizer, and logs to `train.log`."""
@@ -38,7 +47,7 @@ def opened(config: Config) -> Iterator[Path]:
             raise UserError(f"run.dir={directory}: another process trains there: choose another directory") from None
         write_atomic(directory / "config.yaml", to_yaml(config).encode())
         _copy_tokenizer(Path(config.tokenizer.path), directory / "tokenizer")
-        handler = logging.FileHandler(directory / "train.log")
+        handler = RunLog(directory / "train.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger = logging.getLogger("megalm")
         logger.addHandler(handler)
