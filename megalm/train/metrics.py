@@ -29,7 +29,7 @@ class Metrics:
             self._events = SummaryWriter(str(events), purge_step=last_step + 1)
 
     def write(self, values: dict[str, Any]) -> None:
-        """`values` has `step`. Raises UserError if it cannot be written; half a line is dropped when the run goes on."""
+        """`values` has `step`. UserError if it cannot be written; half a line is dropped when the run goes on."""
         try:
             self._file.write(orjson.dumps(values) + b"\n")
             self._file.flush()
