@@ -37,7 +37,7 @@ class RunLog(logging.FileHandler):
 
 @contextmanager
 def opened(config: Config) -> Iterator[Path]:
-    """Makes `run.dir`, keeps other processes out of it, writes config and tokenizer, and logs to `train.log`."""
+    """Makes `run.dir`, keeps other processes out of it, and logs to its `train.log`."""
     directory = Path(config.run.dir)
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
@@ -45,8 +45,6 @@ def opened(config: Config) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"run.dir={directory}: another process trains there: choose another directory") from None
-        write_atomic(directory / "config.yaml", to_yaml(config).encode())
-        _copy_tokenizer(Path(config.tokenizer.path), directory / "tokenizer")
         handler = RunLog(directory / "train.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger = logging.getLogger("megalm")
@@ -56,6 +54,12 @@ def opened(config: Config) -> Iterator[Path]:
         finally:
             logger.removeHandler(handler)
             handler.close()
+
+
+def describe(config: Config, directory: Path) -> None:
+    """Writes what the run is made of into its directory: the resolved config and the tokenizer."""
+    write_atomic(directory / "config.yaml", to_yaml(config).encode())
+    _copy_tokenizer(Path(config.tokenizer.path), directory / "tokenizer")
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -35,7 +35,7 @@ from megalm.train.device import DTYPES, memory_bytes, peak_flops
 from megalm.train.evaluate import evaluation_line, score_sources
 from megalm.train.metrics import Metrics
 from megalm.train.progress import Terminal, summary
-from megalm.train.run_directory import CHECKPOINTS, opened
+from megalm.train.run_directory import CHECKPOINTS, describe, opened
 from megalm.train.signals import StopRequest
 
 logger = logging.getLogger("megalm")
@@ -62,8 +62,10 @@ def run(config: Config, dry_run: bool = False) -> None:
     if dry_run:
         print("dry run: everything that can be checked is well; nothing was written")
         return
-    with Terminal() as terminal, opened(inputs.config) as directory:
-        Trainer(inputs, directory).train(terminal)
+    with StopRequest() as stop, Terminal() as terminal, opened(inputs.config) as directory:
+        trainer = Trainer(inputs, directory)
+        describe(inputs.config, directory)  # not before the run may go on: a refused one changes nothing
+        trainer.train(terminal, stop)
 
 
 class Trainer:
@@ -77,8 +79,8 @@ class Trainer:
         self.steps = known(self.config.schedule.steps)
         self._resume()
 
-    def train(self, terminal: Terminal) -> None:
-        """All steps that are left."""
+    def train(self, terminal: Terminal, stop: StopRequest) -> None:
+        """All steps that are left, or until `stop` is received."""
         if self.position.step >= self.steps:
             logger.info("%s: complete: all %d steps are done", self.directory, self.steps)
             return
@@ -86,13 +88,13 @@ class Trainer:
         last_line = self.position.step or -1  # a run that starts anew evaluates at step 0 anew
         events = self.directory / "tensorboard" if self.config.log.tensorboard else None
         with (
-            StopRequest() as stop,
             closing(Metrics(self.directory / "metrics.jsonl", events, last_line)) as metrics,
             closing(self.inputs.loader.stream(self.position.consumed_samples, self._micro_sizes())) as stream,
         ):
             terminal.start(self.steps, self.position.step)
             if self.position.step == 0:
                 self._evaluate(metrics)
+            saved = self.position.step
             while self.position.step < self.steps and stop.received is None:
                 values = self._step(stream)
                 done = self.position.step
@@ -102,11 +104,12 @@ class Trainer:
                 last = done == self.steps
                 if last or done % known(self.config.evaluate.every) == 0:
                     self._evaluate(metrics)
-                if last or done % known(self.config.checkpoint.every) == 0 or stop.received is not None:
-                    metrics.sync()
-                    self._save()
-        if stop.received is not None:
-            logger.info("%s: stopped at step %d and saved", stop.received.name, self.position.step)
+                if last or done % known(self.config.checkpoint.every) == 0:
+                    saved = self._save(metrics)
+            if saved < self.position.step:
+                self._save(metrics)
+            if stop.received is not None:
+                logger.info("%s: stopped after step %d; start again to go on", stop.received.name, self.position.step)
 
     def _micro_sizes(self) -> Iterator[list[int]]:
         """The micro-batch sizes of each step that is left."""
@@ -193,7 +196,9 @@ class Trainer:
             ", ".join(f"{name} {part.loss:.4f}" for name, part in scores.items()),
         )
 
-    def _save(self) -> None:
+    def _save(self, metrics: Metrics) -> int:
+        """Writes a checkpoint; returns its step."""
+        metrics.sync()
         state = {
             "position": asdict(self.position),
             "data": self.inputs.loader.fingerprint,
@@ -201,6 +206,7 @@ class Trainer:
         }
         root = self.directory / CHECKPOINTS
         checkpoint.save(root, self.position.step, self.parts.tensors(), state, self.config.checkpoint.keep)
+        return self.position.step
 
     def _resume(self) -> None:
         """Goes to the newest intact checkpoint, if there is one."""

@@ -114,7 +114,9 @@ def test_sigterm_saves_and_exits_with_0(data: Path, whole: Path) -> None:
 
 
 def test_other_data_is_refused_when_continuing(data: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (whole / "config.yaml").read_text()
     assert main(["train", write_config(data, whole), "run.seed=5"]) == 2
+    assert (whole / "config.yaml").read_text() == before
     error = capsys.readouterr().err
     assert "run.seed: 1234 -> 5" in error
     assert error.count("\n") == 1
