@@ -29,6 +29,10 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
+    except OSError as error:
+        if error.filename is None:  # a write names no file
+            error.filename = str(path)
+        raise
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()

@@ -23,8 +23,8 @@ import torch
 import yaml
 
 from megalm.config import load_config
-from megalm.config.presets import parameter_count
 from megalm.config.sections import known
+from megalm.model.counts import parameter_count
 from megalm.train.device import DTYPES, measured_matmul
 
 SOURCES = {"code": 0.5, "docs": 0.25, "web": 0.25}

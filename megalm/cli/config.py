@@ -45,7 +45,8 @@ def schema() -> None:
 def presets() -> None:
     """List the model presets."""
     from megalm.config.load import preset_model
-    from megalm.config.presets import PRESETS, parameter_count
+    from megalm.config.presets import PRESETS
+    from megalm.model.counts import parameter_count
 
     columns = ("preset", "parameters", "layers", "hidden", "heads", "kv heads", "ffn", "vocabulary")
     rows: list[tuple[str, ...]] = [columns]

@@ -68,7 +68,7 @@ def prepare(
         ("documents", show.number(manifest.documents)),
         ("text", show.size(manifest.text_bytes)),
         ("tokens", show.number(manifest.tokens)),
-        ("bytes per token", f"{manifest.text_bytes / (manifest.tokens - manifest.documents):.3f}"),
+        ("bytes per token", f"{manifest.text_bytes / max(1, manifest.tokens - manifest.documents):.3f}"),
         ("shards", show.number(len(manifest.shards))),
         *((f"skipped, {reason}", show.number(count)) for reason, count in manifest.skipped.items()),
         ("time", f"{watch.seconds:.1f} s"),

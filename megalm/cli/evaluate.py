@@ -24,6 +24,25 @@ def evaluate(
     ] = None,
 ) -> None:
     """Print loss, perplexity and bits per byte for each source."""
-    from megalm.train.evaluate import evaluate_command
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-    evaluate_command(checkpoint, [*data, *(more_data or [])])
+    from megalm.train.evaluate import Score, evaluate_directory
+    from megalm.train.run_directory import load_model
+
+    trained = load_model(checkpoint)
+    table = Table("source", "part", "sequences", "tokens", "loss", "perplexity", "bits/byte")
+    total = Score(0.0, 0, 0)
+
+    def add_row(name: str, part: str, sequences: str, score: Score) -> None:
+        ratios = (f"{score.loss:.4f}", f"{score.perplexity:.2f}", f"{score.bits_per_byte:.4f}")
+        table.add_row(Text(name), part, sequences, f"{score.tokens:,}", *ratios)
+
+    for directory in (directories := [*data, *(more_data or [])]):
+        result = evaluate_directory(trained, directory)
+        add_row(directory.name, result.part, f"{result.sequences:,}", result.score)
+        total += result.score
+    if len(directories) > 1:
+        add_row("together", "", "", total)
+    Console().print(table)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from megalm.cli import show
 
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", exists=True, help="A run directory or one step's.", show_default=False)
@@ -25,6 +29,10 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.")] = 0,
 ) -> None:
     """Write on from a prompt."""
-    from megalm.train.generate import generate_command
+    from megalm.train.generate import continuation
+    from megalm.train.run_directory import load_model
 
-    generate_command(checkpoint, prompt, max_new_tokens, temperature, top_p, seed)
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # models write what a terminal may not show
+    pieces = continuation(load_model(checkpoint), prompt, max_new_tokens, temperature, top_p, seed)
+    for piece in itertools.chain([prompt], pieces, ["\n"]):
+        print(show.printable(piece), end="", flush=True)

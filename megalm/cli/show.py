@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from unicodedata import category
 
 
 def number(value: int) -> str:
@@ -22,8 +23,8 @@ def size(num_bytes: float) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with what would steer a terminal spelled out; line ends and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    """`text` with what would steer a terminal spelled out; line ends, tabs and all kinds of spaces stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else ascii(c)[1:-1] for c in text)
 
 
 def table(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megalm.config import sections
 from megalm.config.load import load_config, resolve
 from megalm.config.sections import Config
 from megalm.config.text import to_yaml

@@ -139,6 +139,7 @@ class Loader:
             "validation_samples": validation_samples,
             "seed": seed,
         }
+        self.source_fingerprints = {source.name: source.manifest.fingerprint for source in sources}
         text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
         self.fingerprint: str = xxhash.xxh3_128_hexdigest(text.encode())
 

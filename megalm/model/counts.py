@@ -13,6 +13,22 @@ from itertools import pairwise
 from megalm.config.sections import Model, known
 
 
+def parameter_count(model: Model, vocab_size: int) -> int:
+    """Parameters of a model whose embedding has `vocab_size` rows, every norm and bias included."""
+    width = model.hidden_size
+    head = model.head_dim or width // model.num_heads
+    queries, keys = model.num_heads * head, (model.num_kv_heads or model.num_heads) * head
+    norm = width * (2 if model.norm == "layernorm" else 1)
+    inner = model.ffn_size * (2 if model.activation == "swiglu" else 1)
+
+    attention = width * (queries + 2 * keys) + queries * width
+    attention += model.qkv_bias * (queries + 2 * keys) + model.attention_bias * width + model.qk_norm * 2 * head
+    feed_forward = width * inner + model.ffn_size * width + model.ffn_bias * (inner + width)
+    positions = (model.max_positions or 0) * width if model.position == "learned" else 0
+    embeddings = vocab_size * width * (1 if model.tie_embeddings else 2)
+    return model.num_layers * (attention + feed_forward + 2 * norm) + norm + positions + embeddings
+
+
 def matrix_parameters(config: Model) -> int:
     """Weights that take part in a matrix product for each token: all blocks' matrices and the head."""
     heads = config.num_heads + known(config.num_kv_heads)

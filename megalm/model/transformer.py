@@ -12,16 +12,17 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from megalm.config.sections import Model, known
 from megalm.model.layers import Embedding, LayerNorm, Linear, RMSNorm
-from megalm.ops.attention import attention, attention_to_cache
+from megalm.ops.attention import Segments, attention, attention_to_cache
 from megalm.ops.cross_entropy import linear_cross_entropy
 from megalm.ops.rotary import apply_rotary, llama3_scaled, rotary_frequencies, rotary_tables
 
@@ -37,7 +38,7 @@ class LayerCache:
     values: Tensor
     length: int = 0
 
-    def append(self, k_IKE: Tensor, v_IKE: Tensor) -> Rotary:
+    def append(self, k_IKE: Tensor, v_IKE: Tensor) -> tuple[Tensor, Tensor]:
         """Adds I tokens; returns all keys and values so far."""
         end = self.length + len(k_IKE)
         self.keys[self.length : end], self.values[self.length : end] = k_IKE, v_IKE
@@ -49,6 +50,7 @@ KEPT = {  # by selective recomputation: what is slow to compute again
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.megalm.blocked_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
 }
 
 
@@ -76,7 +78,9 @@ class Attention(nn.Module):
         self.output = Linear(q_width, hidden, config.attention_bias)
         self.window, self.softcap = config.sliding_window, config.attention_softcap
 
-    def forward(self, x_TD: Tensor, rotary: Rotary | None, segments: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, rotary: Rotary | None, segments: Segments, cache: LayerCache | None = None
+    ) -> Tensor:
         q_THE = self.query(x_TD).unflatten(-1, (-1, self.head_dim))
         k_TKE = self.key(x_TD).unflatten(-1, (-1, self.head_dim))
         v_TKE = self.value(x_TD).unflatten(-1, (-1, self.head_dim))
@@ -119,13 +123,18 @@ class Block(nn.Module):
         self.feed_forward_norm = norm_layer(config, config.hidden_size)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_TD: Tensor, rotary: Rotary | None, segments: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, rotary: Rotary | None, segments: Segments, cache: LayerCache | None = None
+    ) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.compute(x_TD, rotary, segments, cache)
-        context = selective_contexts if self.recompute == "selective" else noop_context_fn
-        return checkpoint(self.compute, x_TD, rotary, segments, use_reentrant=False, context_fn=context)
+        recomputed = partial(checkpoint, self.compute, x_TD, rotary, segments, use_reentrant=False)
+        # torch.compile takes `context_fn` for selective recomputation only.
+        return recomputed(context_fn=selective_contexts) if self.recompute == "selective" else recomputed()
 
-    def compute(self, x_TD: Tensor, rotary: Rotary | None, segments: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def compute(
+        self, x_TD: Tensor, rotary: Rotary | None, segments: Segments, cache: LayerCache | None = None
+    ) -> Tensor:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotary, segments, cache)
         return x_TD + self.feed_forward(self.feed_forward_norm(x_TD))
 
@@ -150,9 +159,10 @@ class Transformer(nn.Module):
         return (self.head or self.embedding).weight
 
     def hidden(
-        self, tokens_T: Tensor, positions_T: Tensor, segments: Tensor, caches: list[LayerCache] | None = None
+        self, tokens_T: Tensor, positions_T: Tensor, ends: Tensor, caches: list[LayerCache] | None = None
     ) -> Tensor:
-        """x_TD after the last norm, in the compute type."""
+        """x_TD after the last norm, in the compute type. `ends`: cumulative ends of the documents, `[0, ..., T]`."""
+        segments = Segments.of(ends, tokens_T.device)
         x_TD = self.embedding(tokens_T, self.compute)
         rotary = None
         if self.position_embedding is not None:
@@ -164,12 +174,18 @@ class Transformer(nn.Module):
         return self.final_norm(x_TD)
 
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, segments: Tensor, labels_T: Tensor, counted_T: Tensor
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        ends: Tensor,
+        labels_T: Tensor,
+        counted_T: Tensor,
+        scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Sums over the counted tokens: (objective to differentiate, cross-entropy in nats)."""
-        x_TD = self.hidden(tokens_T, positions_T, segments)
+        """Sums over the counted tokens: (objective times `scale`, to differentiate; cross-entropy in nats)."""
+        x_TD = self.hidden(tokens_T, positions_T, ends)
         z_loss, softcap = self.config.z_loss, self.config.logit_softcap
-        return linear_cross_entropy(x_TD, self.head_weight, labels_T, counted_T, z_loss, softcap)
+        return linear_cross_entropy(x_TD, self.head_weight, labels_T, counted_T, z_loss, softcap, scale)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Output logits [T, V] in float32 (or wider), for the few tokens that generation asks for."""

@@ -63,11 +63,6 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 
 def build_inputs(config: Config) -> Inputs:
     """Steps 1 to 3: raises a UserError for whatever is wrong, and writes nothing."""
-    ranks = config.parallel.tensor * config.parallel.pipeline.size * int(config.parallel.data)
-    if ranks != 1:
-        raise UserError(
-            f"parallel: tensor × pipeline.size × data = {ranks} processes, but this version trains in one: set all to 1"
-        )
     tokenizer = load_tokenizer(config.tokenizer.path)
     config = with_vocabulary(config, tokenizer)
     sources = [Source(s.name, s.path, tokenizer.fingerprint) for s in config.data.sources]
@@ -80,7 +75,7 @@ def build_inputs(config: Config) -> Inputs:
         config.model.document_attention,
         config.data.validation.samples,
     )
-    return Inputs(config, tokenizer, loader, pick_device(config))
+    return Inputs(config, tokenizer, loader, pick_device(config.run.device))
 
 
 def build_parts(config: Config, device: torch.device) -> Parts:
@@ -103,7 +98,7 @@ def build_model(
 
 
 def model_inputs(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `Transformer.forward` takes: tokens, positions, segments, labels, counted."""
-    arrays = (batch.tokens_T, batch.positions_T, batch.segments, batch.labels_T, batch.loss_mask_T)
-    tokens_T, positions_T, segments, labels_T, counted_T = (torch.from_numpy(a).to(device) for a in arrays)
-    return tokens_T, positions_T, segments, labels_T, counted_T
+    """What `Transformer.forward` takes: tokens, positions, ends (which stay on the CPU), labels, counted."""
+    arrays = (batch.tokens_T, batch.positions_T, batch.labels_T, batch.loss_mask_T)
+    tokens_T, positions_T, labels_T, counted_T = (torch.from_numpy(a).to(device) for a in arrays)
+    return tokens_T, positions_T, torch.from_numpy(batch.segments), labels_T, counted_T

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 
 import torch
 from torch import Tensor
 
-from megalm.config.sections import Config
 from megalm.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,12 +37,11 @@ GPU_PEAKS = {
     "MI300X": 1307.4e12,
     "MI325X": 1307.4e12,
 }
-SQUARE = 1536  # side of the measured product: large enough for full speed, small enough to take milliseconds
+SQUARE = {"cpu": 1536, "cuda": 8192}  # side of the measured product: large enough for full speed, and still quick
 
 
-def pick_device(config: Config) -> torch.device:
-    """`run.device`, where `auto` is a GPU if there is one."""
-    name = config.run.device
+def pick_device(name: str) -> torch.device:
+    """The device of `run.device`, where `auto` is a GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -52,23 +51,28 @@ def pick_device(config: Config) -> torch.device:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s at most: from the table for a known GPU in bfloat16, else what a square matrix product reaches."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        known = [gpu for gpu in GPU_PEAKS if all(word in name for word in gpu.split())]
-        if known:
-            return GPU_PEAKS[max(known, key=len)]
+    if device.type == "cuda" and dtype == torch.bfloat16 and (peak := gpu_peak(torch.cuda.get_device_name(device))):
+        return peak
     return measured_matmul(device, dtype)
+
+
+def gpu_peak(name: str) -> float | None:
+    """The table's figure for the GPU that calls itself `name`: all words of the entry are words of the name."""
+    words = set(re.split(r"[ -]", name))
+    known = [gpu for gpu in GPU_PEAKS if set(gpu.split()) <= words]
+    return GPU_PEAKS[max(known, key=len)] if known else None
 
 
 def measured_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """FLOP/s of the best of several square matrix products, after a warm-up."""
-    a = torch.randn(SQUARE, SQUARE, dtype=dtype, device=device)
+    side = SQUARE[device.type]
+    a = torch.randn(side, side, dtype=dtype, device=device)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         _wait_for((a @ a).sum())
         best = min(best, time.perf_counter() - start)
-    return 2 * SQUARE**3 / best
+    return 2 * side**3 / best
 
 
 def _wait_for(result: Tensor) -> None:

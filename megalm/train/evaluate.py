@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from megalm.config.sections import known
 from megalm.data.dataset import Source
@@ -27,7 +25,7 @@ from megalm.model.transformer import Transformer
 from megalm.parallel.pipeline.executor import execute
 from megalm.parallel.pipeline.plan import one_stage_plan
 from megalm.train.build import model_inputs
-from megalm.train.run_directory import load_model
+from megalm.train.run_directory import TrainedModel
 
 GROUP = 32  # micro-batches that one plan takes through the model
 
@@ -57,8 +55,13 @@ class Score:
 
     def values(self) -> dict[str, Any]:
         """For metrics."""
-        ratios = {name: getattr(self, name) for name in ("loss", "perplexity", "bits_per_byte")}
-        return ratios | {name: value for name, value in asdict(self).items() if name != "nats"}
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "evaluated_tokens": self.tokens,
+            "evaluated_bytes": self.bytes,
+        }
 
 
 @torch.no_grad()
@@ -93,43 +96,35 @@ def score_sources(
 def evaluation_line(step: int, tokens: int, scores: dict[str, Score]) -> dict[str, Any]:
     """The line of `metrics.jsonl` after `tokens` training tokens: all sources together, and each."""
     total = sum(scores.values(), Score(0.0, 0, 0)).values()
-    total["evaluated_tokens"], total["evaluated_bytes"] = total.pop("tokens"), total.pop("bytes")
     sources = {name: part.values() for name, part in scores.items()}
     return {"kind": "evaluation", "step": step, "tokens": tokens, **total, "sources": sources}
 
 
-def evaluate_command(checkpoint: Path, data: Sequence[Path]) -> None:
-    """Prints a table of each prepared directory's score: of what the run held out where the directory is one of its
-    sources, else of the whole."""
-    config, tokenizer, model = load_model(checkpoint)
+@dataclass(frozen=True)
+class Evaluated:
+    """What `evaluate_directory` looked at, and the score."""
+
+    part: str
+    sequences: int
+    score: Score
+
+
+def evaluate_directory(trained: TrainedModel, directory: Path) -> Evaluated:
+    """The score on a prepared directory: on what the run held out if the directory's data is one of its sources, else
+    on the whole."""
+    config, tokenizer = trained.config, trained.tokenizer
     length, held_out = config.data.sequence_length, config.data.validation.samples
-    trained_on = {Path(source.path).resolve() for source in config.data.sources}
-    micro_size = known(config.batch.micro_size)
-    table = Table("source", "part", "sequences", "tokens", "loss", "perplexity", "bits/byte")
-    scores = []
-    for number, directory in enumerate(data):
-        source = Source(directory.name, directory, tokenizer.fingerprint)
-        if directory.resolve() in trained_on:
-            split = source.split(length, held_out)
-            part, first, count = "held out", split.held_out_start, split.held_out
-        else:
-            part, first, count = "all", 0, (source.tokens - 1) // length
-        if count == 0:
-            raise UserError(
-                f"{directory}: nothing to evaluate: the run held out {held_out} samples, and the directory's "
-                f"{source.tokens} tokens make {(source.tokens - 1) // length} sequences of {length}"
-            )
-        batches = windows(
-            source, number, first, count, length, micro_size, tokenizer.eod, config.model.document_attention
+    source = Source(directory.name, directory, tokenizer.fingerprint)
+    if source.manifest.fingerprint in trained.sources:
+        split = source.split(length, held_out)
+        part, first, count = "held out", split.held_out_start, split.held_out
+    else:
+        part, first, count = "all", 0, (source.tokens - 1) // length
+    if count == 0:
+        raise UserError(
+            f"{directory}: nothing to evaluate: the run held out {held_out} samples of each source, and the "
+            f"directory's {source.tokens} tokens make {(source.tokens - 1) // length} sequences of {length}"
         )
-        result = score(model, tokenizer, batches)
-        scores.append(result)
-        _add_row(table, directory.name, part, count, result)
-    if len(scores) > 1:
-        _add_row(table, "together", "", 0, sum(scores, Score(0.0, 0, 0)))
-    Console().print(table)
-
-
-def _add_row(table: Table, name: str, part: str, sequences: int, result: Score) -> None:
-    ratios = (f"{result.loss:.4f}", f"{result.perplexity:.2f}", f"{result.bits_per_byte:.4f}")
-    table.add_row(name, part, f"{sequences:,}" if sequences else "", f"{result.tokens:,}", *ratios)
+    micro_size = known(config.batch.micro_size)
+    batches = windows(source, 0, first, count, length, micro_size, tokenizer.eod, config.model.document_attention)
+    return Evaluated(part, count, score(trained.model, tokenizer, batches))

@@ -5,9 +5,7 @@ Shapes: I new tokens, V vocabulary, K key/value heads, E head dim.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from megalm.config.sections import known
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
 from megalm.model.transformer import LayerCache, Transformer
-from megalm.train.run_directory import load_model
+from megalm.train.run_directory import TrainedModel
 
 
 def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
@@ -24,8 +22,11 @@ def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.
     arXiv 1904.09751); temperature 0 takes the likeliest."""
     if temperature == 0:
         return int(logits_V.argmax())
-    probabilities_V, order_V = torch.softmax(logits_V.double() / temperature, -1).sort(descending=True, stable=True)
+    # The largest logit first becomes 0, so that no temperature, however small, divides to infinity.
+    scaled_V = (logits_V.double() - logits_V.max()) / temperature
+    probabilities_V, order_V = torch.softmax(scaled_V, -1).sort(descending=True, stable=True)
     before_V = probabilities_V.cumsum(-1) - probabilities_V
+    before_V[0] = -1.0  # the likeliest token is in every set
     probabilities_V = probabilities_V.where(before_V < top_p, 0)
     return int(order_V[torch.multinomial(probabilities_V, 1, generator=generator)])
 
@@ -36,11 +37,15 @@ def generate(
     prompt: Sequence[int],
     max_new_tokens: int,
     eod: int,
+    vocab_size: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Continues `prompt` (at least one token) until `eod`, which is not given, or `max_new_tokens`."""
+    """Continues `prompt` (at least one token) until `eod`, which is not given, or `max_new_tokens`.
+
+    Only the first `vocab_size` rows of the head stand for tokens; a model may have more.
+    """
     config, device = model.config, model.embedding.weight.device
     capacity = len(prompt) + max_new_tokens
     shape = (capacity, known(config.num_kv_heads), known(config.head_dim))
@@ -52,7 +57,7 @@ def generate(
         segments = torch.tensor([0, len(new_I)], dtype=torch.int32)
         x_ID = model.hidden(new_I, positions_I, segments, caches)
         done += len(new_I)
-        token = sample(model.logits(x_ID[-1:])[0].cpu(), temperature, top_p, generator)
+        token = sample(model.logits(x_ID[-1:])[0, :vocab_size].cpu(), temperature, top_p, generator)
         if token == eod:
             return
         yield token
@@ -72,23 +77,23 @@ def text_pieces(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[in
     yield tokenizer.decode(ids)[shown:]
 
 
-def generate_command(
-    checkpoint: Path, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
-) -> None:
-    """Streams `prompt` and its continuation to the terminal."""
-    _, tokenizer, model = load_model(checkpoint)
+def continuation(
+    trained: TrainedModel, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> Iterator[str]:
+    """The text that follows `prompt`, piece by piece. Raises UserError if the prompt is empty or too long."""
+    tokenizer, model = trained.tokenizer, trained.model
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt is not valid UTF-8: give it as text in the terminal's encoding") from None
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UserError("--prompt is empty: give at least one character to continue")
-    limit = model.config.max_positions
-    if model.config.position == "learned" and limit is not None and len(ids) + max_new_tokens > limit:
+    limit = known(model.config.max_positions)
+    if model.config.position == "learned" and len(ids) + max_new_tokens > limit:
         raise UserError(
             f"--max-new-tokens={max_new_tokens} after a prompt of {len(ids)} tokens passes the model's {limit} learned "
             f"positions: use at most {max(0, limit - len(ids))}"
         )
-    sys.stdout.write(prompt)
-    tokens = generate(model, ids, max_new_tokens, tokenizer.eod, temperature, top_p, seed)
-    for piece in text_pieces(tokenizer, ids, tokens):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    tokens = generate(model, ids, max_new_tokens, tokenizer.eod, tokenizer.vocab_size, temperature, top_p, seed)
+    return text_pieces(tokenizer, ids, tokens)

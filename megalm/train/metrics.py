@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ class Metrics:
 
     def __init__(self, path: Path, events: Path | None, last_step: int) -> None:
         if path.exists():
-            kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
-            write_atomic(path, b"".join(kept))
+            write_atomic(path, b"".join(_lines_until(path, last_step)))
         self._path, self._file = path, path.open("ab")
         self._events = None
         if events is not None:
@@ -52,8 +50,17 @@ class Metrics:
             self._events.close()
 
 
-def _complete_lines(path: Path) -> list[bytes]:
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+def _lines_until(path: Path, last_step: int) -> list[bytes]:
+    """The lines of steps up to `last_step`; a damaged line, half written or lost in a power cut, ends them."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            step = orjson.loads(line)["step"]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            break
+        if step <= last_step and line.endswith(b"\n"):
+            kept.append(line)
+    return kept
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

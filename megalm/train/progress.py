@@ -7,13 +7,12 @@ import logging
 from types import TracebackType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megalm.config.batches import plan_batches
 from megalm.config.sections import known
-from megalm.model.transformer import Transformer
+from megalm.model.counts import parameter_count
 from megalm.train.build import Inputs
 
 logger = logging.getLogger("megalm")
@@ -23,11 +22,11 @@ BYTES_A_PARAMETER = 16  # float32: parameter, gradient, two moments
 def summary(inputs: Inputs) -> str:
     """What is about to be trained, in a few lines."""
     config, model = inputs.config, inputs.config.model
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Transformer(model).parameters())
+    parameters = parameter_count(model, known(model.vocab_size))
     steps = known(config.schedule.steps)
     tokens = plan_batches(config.batch).first_sample(steps) * config.data.sequence_length
     total = sum(source.weight for source in config.data.sources)
+    up_to = "up to " if config.batch.ramp else ""
     blend = ", ".join(f"{source.name} {source.weight / total:.0%}" for source in config.data.sources)
     return "\n".join(
         [
@@ -35,7 +34,7 @@ def summary(inputs: Inputs) -> str:
             f"{model.num_heads} heads ({model.num_kv_heads} key/value), feed-forward {model.ffn_size}, "
             f"vocabulary {model.vocab_size:,}",
             f"data     {blend}; sequences of {config.data.sequence_length:,} tokens",
-            f"run      {steps:,} steps of {config.batch.global_size:,} sequences, {tokens:,} tokens in all, "
+            f"run      {steps:,} steps of {up_to}{config.batch.global_size:,} sequences, {tokens:,} tokens in all, "
             f"{tokens / parameters:.1f} a parameter",
             f"device   {inputs.device.type}, {config.precision.compute}, "
             f"{parameters * BYTES_A_PARAMETER / 2**20:,.0f} MiB for parameters, gradients and optimizer state",

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.checkpoint import latest, load, read_manifest
@@ -59,23 +60,32 @@ def opened(config: Config) -> Iterator[Path]:
 def describe(config: Config, directory: Path) -> None:
     """Writes what the run is made of into its directory: the resolved config and the tokenizer."""
     write_atomic(directory / "config.yaml", to_yaml(config).encode())
-    _copy_tokenizer(Path(config.tokenizer.path), directory / "tokenizer")
+    _copy_tokenizer(config.tokenizer.path, directory / "tokenizer")
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def _copy_tokenizer(path: str, target: Path) -> None:
     """So that the directory can be used after the original has moved. `byte` is no path and needs no copy."""
-    if source.is_dir() and source.resolve() != target.resolve():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    elif source.is_file():
-        target.mkdir(exist_ok=True)
-        shutil.copy2(source, target)
+    source = Path(path)
+    if source.resolve() == target.resolve():
+        return
+    fresh = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    if path != "byte":
+        if source.is_dir():
+            shutil.copytree(source, fresh)
+        else:
+            fresh.mkdir()
+            shutil.copy2(source, fresh)
+    shutil.rmtree(target, ignore_errors=True)
+    if fresh.exists():
+        fresh.rename(target)
 
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` names: itself, or the newest of a run directory."""
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint: name a run directory or one of its checkpoints/step-...")
-    if path.name.startswith("step-"):
+    if (path / "manifest.json").is_file():
         return path
     root = path if path.name == CHECKPOINTS else path / CHECKPOINTS
     found = latest(root) if root.is_dir() else None
@@ -84,16 +94,34 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def load_model(path: Path) -> tuple[Config, Tokenizer, Transformer]:
-    """The model of the checkpoint that `path` names, with the config and tokenizer it was trained with."""
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint's model, and what it was trained with."""
+
+    config: Config
+    tokenizer: Tokenizer
+    model: Transformer
+    sources: dict[str, str]
+    """Names of the run's sources by the fingerprints of their data."""
+
+
+def load_model(path: Path) -> TrainedModel:
+    """The model of the checkpoint that `path` names. It is put on a GPU if there is one, wherever it was trained."""
     checkpoint = find_checkpoint(path)
-    config = resolve(read_manifest(checkpoint).state["config"], world_size=None)
+    state = read_manifest(checkpoint).state
+    config = resolve(state["config"], world_size=None)
     copied = checkpoint.parent.parent / "tokenizer"
-    tokenizer = load_tokenizer(_tokenizer_path(copied) if copied.is_dir() else config.tokenizer.path)
-    device = pick_device(config)
-    model = build_model(config.model, device, DTYPES[config.precision.compute])
+    tokenizer_path = _tokenizer_path(copied) if copied.is_dir() else config.tokenizer.path
+    tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer.fingerprint != state["tokenizer"]:
+        raise UserError(
+            f"{tokenizer_path}: is not the tokenizer that {checkpoint} was trained with: put that one there, or keep "
+            "the checkpoint in its run directory, which holds a copy"
+        )
+    model = build_model(config.model, pick_device("auto"), DTYPES[config.precision.compute])
     load(checkpoint, {f"model.{name}": p for name, p in model.named_parameters()}, prefix="model.")
-    return config, tokenizer, model.requires_grad_(False)
+    sources = {fingerprint: name for name, fingerprint in state["sources"].items()}
+    return TrainedModel(config, tokenizer, model.requires_grad_(False), sources)
 
 
 def _tokenizer_path(copied: Path) -> str:

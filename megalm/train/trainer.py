@@ -127,9 +127,9 @@ class Trainer:
         nats = torch.zeros((), dtype=torch.float64, device=device)
 
         def forward(i: int) -> Tensor:
-            objective, cross_entropy = model(*model_inputs(batch[i], device))
+            objective, cross_entropy = model(*model_inputs(batch[i], device), scale=1 / counted)
             nats.add_(cross_entropy)
-            return objective / counted
+            return objective
 
         execute(one_stage_plan(len(batch))[0], forward)
         clip = self.config.optimizer.clip_norm or math.inf
@@ -202,6 +202,8 @@ class Trainer:
         state = {
             "position": asdict(self.position),
             "data": self.inputs.loader.fingerprint,
+            "sources": self.inputs.loader.source_fingerprints,
+            "tokenizer": self.inputs.tokenizer.fingerprint,
             "config": self.config.model_dump(mode="json"),
         }
         root = self.directory / CHECKPOINTS
@@ -212,14 +214,9 @@ class Trainer:
         """Goes to the newest intact checkpoint, if there is one."""
         root = self.directory / CHECKPOINTS
         for found in checkpoint.complete(root) if root.is_dir() else ():
-            saved = checkpoint.read_manifest(found).state
-            if saved["data"] != self.inputs.loader.fingerprint:
-                changes = _differences(saved["config"], self.config)
-                raise UserError(
-                    f"{found}: was trained on other data or in another order ({changes or 'prepared anew'}): "
-                    "continue with the same data section and run.seed, or choose another run.dir"
-                )
             try:
+                saved = checkpoint.read_manifest(found).state
+                self._refuse_other_order(found, saved)
                 checkpoint.load(found, self.parts.tensors())
             except checkpoint.DamagedCheckpoint as damage:
                 logger.warning("%s; trying the one before", damage)
@@ -231,6 +228,22 @@ class Trainer:
             return
         if root.is_dir() and any(root.glob("step-*")):
             raise UserError(f"{root}: no checkpoint is intact: choose another run.dir or remove this one")
+
+    def _refuse_other_order(self, found: Path, saved: dict[str, Any]) -> None:
+        """A run goes on only if its samples do: the same data in the same order and the same batches."""
+        changes = _differences(saved["config"], self.config)
+        if saved["data"] != self.inputs.loader.fingerprint:
+            raise UserError(
+                f"{found}: was trained on other data or in another order ({changes or 'prepared anew'}): "
+                "continue with the same data section and run.seed, or choose another run.dir"
+            )
+        position = Position(**saved["position"])
+        if self.batches.first_sample(position.step) != position.consumed_samples:
+            raise UserError(
+                f"{found}: {position.consumed_samples} sequences in {position.step} steps do not fit this config's "
+                f"batches ({changes}): continue with the same batch.global_size and batch.ramp, or choose another "
+                "run.dir"
+            )
 
 
 def _differences(saved: dict[str, Any], config: Config) -> str:

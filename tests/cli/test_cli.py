@@ -33,10 +33,10 @@ def config(tmp_path: Path) -> str:
     return str(tmp_path / "config.yaml")
 
 
-def replace(monkeypatch: pytest.MonkeyPatch, module: str, function: str, calls: list[Any]) -> None:
-    """Puts a module in place of `module` whose `function` notes its arguments."""
+def replace(monkeypatch: pytest.MonkeyPatch, module: str, **functions: Any) -> None:
+    """Puts a module of `functions` in place of `module`."""
     stub = ModuleType(module)
-    setattr(stub, function, lambda *arguments, **named: calls.append((*arguments, *named.values())))
+    vars(stub).update(functions)
     monkeypatch.setitem(sys.modules, module, stub)
 
 
@@ -113,30 +113,27 @@ def test_config_presets_lists_every_preset_with_its_size(capsys: pytest.CaptureF
 
 def test_train_hands_the_resolved_config_to_the_trainer(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    replace(monkeypatch, "megalm.train.trainer", "run", calls)
+    replace(monkeypatch, "megalm.train.trainer", run=lambda config, dry_run: calls.append((config, dry_run)))
     assert main(["train", config, "run.seed=5", "--dry-run", "log.every=2"]) == 0
     assert main(["train", config]) == 0
     assert calls == [(load_config(config, ["run.seed=5", "log.every=2"]), True), (load_config(config), False)]
 
 
-def test_generate_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_hands_its_options_on_and_prints_what_a_terminal_can_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls: list[Any] = []
-    replace(monkeypatch, "megalm.train.generate", "generate_command", calls)
+    replace(monkeypatch, "megalm.train.run_directory", load_model=lambda path: path)
+    pieces = lambda *arguments: calls.append(arguments) or iter([" on\n", "\x1b[2J\ud800\u3000é"])  # noqa: E731
+    replace(monkeypatch, "megalm.train.generate", continuation=pieces)
     options = ["--max-new-tokens", "5", "--temperature", "0", "--top-p", "0.5", "--seed", "7"]
     assert main(["generate", str(tmp_path), "--prompt", "def f", *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("def f on\n")
+    assert printed.endswith("\u3000é\n")
+    assert "\x1b" not in printed
     assert main(["generate", str(tmp_path), "--prompt", ""]) == 0
     assert calls == [(tmp_path, "def f", 5, 0.0, 0.5, 7), (tmp_path, "", 128, 1.0, 1.0, 0)]
-
-
-def test_evaluate_takes_several_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    replace(monkeypatch, "megalm.train.evaluate", "evaluate_command", calls)
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.mkdir()
-    b.mkdir()
-    assert main(["evaluate", str(tmp_path), "--data", str(a), "--data", str(b)]) == 0
-    assert main(["evaluate", str(tmp_path), "--data", str(a), str(b)]) == 0
-    assert calls == [(tmp_path, [a, b])] * 2
 
 
 @pytest.mark.parametrize(

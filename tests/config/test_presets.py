@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from megalm.config.load import preset_model
-from megalm.config.presets import PRESETS, parameter_count
+from megalm.config.presets import PRESETS
 from megalm.config.sections import Model
+from megalm.model.counts import parameter_count
 
 PUBLISHED = {  # from the models' safetensors indices and cards
     "llama2-7b": 6_738_415_616,

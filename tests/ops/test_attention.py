@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megalm.ops import attention as module
-from megalm.ops.attention import attention, attention_to_cache, reference_attention
+from megalm.ops.attention import Segments, attention, attention_to_cache, reference_attention
 
 CASES = {"plain": (None, None), "window": (70, None), "soft-cap": (None, 3.0), "both": (150, 5.0)}
+
+
+def segments_of(ends: list[int]) -> Segments:
+    return Segments.of(torch.tensor(ends, dtype=torch.int32), torch.device("cpu"))
 
 
 def tensors(tokens: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
@@ -34,8 +40,8 @@ def outputs_and_gradients(function, q, k, v, grad, *args) -> list[Tensor]:
 def test_it_equals_the_dense_definition_in_float64(
     lengths: list[int], heads: tuple[int, int], window: int | None, softcap: float | None
 ) -> None:
-    segments = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    q, k, v, grad = tensors(int(segments[-1]), *heads, torch.float64)
+    segments = segments_of([0, *itertools.accumulate(lengths)])
+    q, k, v, grad = tensors(sum(lengths), *heads, torch.float64)
     ours = outputs_and_gradients(attention, q, k, v, grad, segments, window, softcap)
     wanted = outputs_and_gradients(reference_attention, q, k, v, grad, segments, window, softcap)
     for a, b in zip(ours, wanted, strict=True):
@@ -43,9 +49,9 @@ def test_it_equals_the_dense_definition_in_float64(
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 1e-2)])
 def test_narrow_types_stay_close_to_float64(case: str, dtype: torch.dtype, tolerance: float) -> None:
-    segments = torch.tensor([0, 256, 512, 640, 641, 900], dtype=torch.int32)
+    segments = segments_of([0, 256, 512, 640, 641, 900])
     q, k, v, grad = tensors(900, 4, 2, dtype)
     ours = outputs_and_gradients(attention, q, k, v, grad, segments, *CASES[case])
     wide = [x.double() for x in (q, k, v, grad)]
@@ -56,7 +62,7 @@ def test_narrow_types_stay_close_to_float64(case: str, dtype: torch.dtype, toler
 
 
 def test_equal_segments_in_one_go_equal_them_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    segments = torch.arange(0, 601, 100, dtype=torch.int32)
+    segments = segments_of(list(range(0, 601, 100)))
     q, k, v, grad = tensors(600, 4, 2, torch.float64)
     together = outputs_and_gradients(attention, q, k, v, grad, segments)
     monkeypatch.setattr(module, "SCORES", 0)
@@ -69,7 +75,7 @@ def test_equal_segments_in_one_go_equal_them_one_by_one(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("new", [1, 5, 129, 300])
 def test_the_last_tokens_of_a_document_see_its_cached_keys(case: str, new: int) -> None:
     q, k, v, _ = tensors(300, 4, 2, torch.float64)
-    whole = reference_attention(q, k, v, torch.tensor([0, 300]), *CASES[case])
+    whole = reference_attention(q, k, v, segments_of([0, 300]), *CASES[case])
     torch.testing.assert_close(attention_to_cache(q[-new:], k, v, *CASES[case]), whole[-new:], rtol=1e-10, atol=1e-12)
 
 

@@ -26,7 +26,7 @@ def test_greedy_tokens_equal_those_without_a_cache(variant: str) -> None:
     model = Transformer(Model(**{**SHAPE, **VARIANTS[variant]}))
     initialise(model, seed=3)
     prompt = [5, 17, 3, 80]
-    cached = list(generate(model, prompt, max_new_tokens=20, eod=-1, temperature=0))
+    cached = list(generate(model, prompt, max_new_tokens=20, eod=-1, vocab_size=97, temperature=0))
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(20):
@@ -39,8 +39,11 @@ def test_greedy_tokens_equal_those_without_a_cache(variant: str) -> None:
 def test_the_document_end_ends_the_text() -> None:
     model = Transformer(Model(**SHAPE))
     initialise(model, seed=3)
-    whole = list(generate(model, [5], max_new_tokens=20, eod=-1, temperature=0))
-    assert list(generate(model, [5], max_new_tokens=20, eod=whole[7], temperature=0)) == whole[: whole.index(whole[7])]
+    whole = list(generate(model, [5], max_new_tokens=20, eod=-1, vocab_size=97, temperature=0))
+    assert (
+        list(generate(model, [5], max_new_tokens=20, eod=whole[7], vocab_size=97, temperature=0))
+        == whole[: whole.index(whole[7])]
+    )
 
 
 def test_sampling_follows_the_probabilities_of_the_nucleus() -> None:
@@ -53,7 +56,7 @@ def test_sampling_follows_the_probabilities_of_the_nucleus() -> None:
 
     assert shares(1.0, 1.0) == pytest.approx([0.5, 0.1, 0.3, 0.1], abs=0.03)
     assert shares(1.0, 0.7) == pytest.approx([0.625, 0, 0.375, 0], abs=0.03)
-    assert shares(1.0, 0.5) == [1, 0, 0, 0]
+    assert shares(1.0, 0.5) == shares(1.0, 0.0) == shares(1e-310, 1.0) == [1, 0, 0, 0]
     squares = [0.25 / 0.36, 0.01 / 0.36, 0.09 / 0.36, 0.01 / 0.36]
     assert shares(0.5, 1.0) == pytest.approx(squares, abs=0.03)
     assert sample(logits_V, 0, 1.0, generator) == 0
