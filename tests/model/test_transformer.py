@@ -9,6 +9,7 @@ from megalm.model.counts import seen_pairs, training_flops
 from megalm.model.init import initialise, normal_rows
 from megalm.model.transformer import Transformer
 from megalm.ops.attention import reference_attention
+from megalm.ops.cross_entropy import reference_cross_entropy
 
 SHAPE = {
     "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "ffn_size": 80,
@@ -104,6 +105,39 @@ def test_bfloat16_stays_close_and_keeps_float32_parameters_and_gradients() -> No
         assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
         losses.append(cross_entropy.item() / 64)
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_the_losss_settings_reach_it() -> None:
+    batch = documents([40, 24])
+    for settings in ({"z_loss": 0.1}, {"logit_softcap": 0.3}, {"z_loss": 0.1, "logit_softcap": 0.3}):
+        model = build(**settings)
+        x_TD = model.hidden(*batch[:3])
+        wanted = reference_cross_entropy(
+            x_TD, model.head_weight, *batch[3:], settings.get("z_loss", 0.0), settings.get("logit_softcap")
+        )
+        for a, b in zip(model(*batch), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        assert (model.logits(x_TD).abs().max() < 0.3) == ("logit_softcap" in settings)
+
+
+def test_attentions_settings_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = documents([40, 24])[:3]
+    configured = build(sliding_window=9, attention_softcap=0.1).hidden(*batch)
+    assert not torch.allclose(configured, build(sliding_window=9).hidden(*batch), rtol=1e-6)
+
+    def with_settings(q, k, v, segments, *_):
+        return reference_attention(q, k, v, segments, 9, 0.1)
+
+    monkeypatch.setattr("megalm.model.transformer.attention", with_settings)
+    torch.testing.assert_close(configured, build().hidden(*batch), rtol=1e-9, atol=1e-11)
+
+
+def test_what_writes_to_the_residual_stream_starts_smaller() -> None:
+    model = build(hidden_size=256, ffn_size=512, head_dim=64, num_layers=8, init_std=0.5)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            small = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+            assert parameter.std().item() == pytest.approx(0.5 / 4 if small else 0.5, rel=0.05)
 
 
 def test_initial_weights_depend_on_seed_name_and_global_index_only() -> None:

@@ -81,6 +81,18 @@ def test_memory_is_that_of_a_slice_and_not_of_all_logits(monkeypatch: pytest.Mon
 
 def test_without_gradients_none_is_computed() -> None:
     x_TD, w_VD, labels_T, counted_T = inputs(300, 16, 50, torch.float64)
-    with torch.no_grad():
+    products = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal products
+            products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+            return func(*args, **(kwargs or {}))
+
+    with Count(), torch.no_grad():
         alone = linear_cross_entropy(x_TD, w_VD, labels_T, counted_T)[1]
+    assert products == 1
     torch.testing.assert_close(alone, reference_cross_entropy(x_TD, w_VD, labels_T, counted_T)[1])
+    with Count():
+        linear_cross_entropy(x_TD, w_VD, labels_T, counted_T)
+    assert products == 1 + 3

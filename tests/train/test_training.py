@@ -2,71 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
+import math
+import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from runs import losses, read_metrics, start, wait_for_step, write_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megalm.cli import main
-
-CONFIG = """
-run: {{dir: {run}, device: cpu}}
-model: {{num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, ffn_size: 64}}
-tokenizer: {{path: byte}}
-data:
-  sequence_length: 64
-  sources: [{{name: a, path: {data}/a, weight: 0.7}}, {{name: b, path: {data}/b, weight: 0.3}}]
-  validation: {{samples: 4}}
-batch: {{global_size: 8, micro_size: 4}}
-schedule: {{kind: wsd, steps: 60, warmup_steps: 5, decay_steps: 10}}
-optimizer: {{learning_rate: 3.0e-3}}
-checkpoint: {{every: 5, keep: 2}}
-evaluate: {{every: 30}}
-log: {{tensorboard: false}}
-"""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("a", "b"):
-        text = folder / f"{name}.jsonl"
-        documents = [f"{name}: number {i} is followed by {i + 1}. " * (i % 7 + 1) for i in range(300)]
-        text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-        assert (
-            main(["data", "prepare", "--input", str(text), "--tokenizer", "byte", "--output", str(folder / name)]) == 0
-        )
-    return folder
-
-
-def write_config(data: Path, run: Path) -> str:
-    path = run.with_suffix(".yaml")
-    path.write_text(CONFIG.format(run=run, data=data))
-    return str(path)
-
-
-def losses(run: Path) -> list[tuple[int, float, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line.get("grad_norm", 0.0)) for line in lines]
-
-
-def start(config: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", "import sys; from megalm.cli import main; sys.exit(main())", "train", config]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").exists() and f'"step":{step},' in (run / "metrics.jsonl").read_text():
-            return
-        time.sleep(0.01)
-    pytest.fail(f"step {step} was not reached")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +24,7 @@ def whole(data: Path) -> Path:
 def test_the_loss_falls_and_the_run_directory_is_complete(whole: Path) -> None:
     steps = losses(whole)
     assert steps[-1][1] < 0.6 * steps[0][1]
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(whole)
     assert [line["step"] for line in lines if line.get("kind") == "evaluation"] == [0, 30, 60]
     wanted = {"step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "step_seconds"}
     wanted |= {"data_wait_seconds", "memory_bytes", "tokens_by_source"}
@@ -113,6 +58,65 @@ def test_sigterm_saves_and_exits_with_0(data: Path, whole: Path) -> None:
     assert losses(run) == losses(whole)
 
 
+def test_a_killed_run_in_bfloat16_with_growing_batches_goes_on_bit_for_bit(data: Path) -> None:
+    overrides = [
+        "precision.compute=bfloat16",
+        "batch.ramp={start: 4, increment: 4, samples: 120}",
+        "batch.micro_size=2",
+    ]
+    overrides += ["schedule.steps=30", "checkpoint.every=4", "run.recompute=selective"]
+    runs = data / "growing", data / "growing-killed"
+    configs = [write_config(data, run) for run in runs]
+    assert start(configs[0], *overrides).wait(200) == 0
+    for step in (6, 19):
+        process = start(configs[1], *overrides)
+        wait_for_step(process, runs[1], step)
+        process.kill()
+        process.wait()
+    assert start(configs[1], *overrides).wait(200) == 0
+    assert losses(runs[1]) == losses(runs[0])
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(whole, run)
+    for file in (run / "checkpoints" / "step-00000060").glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 1
+        file.write_bytes(content)
+    assert main(["train", write_config(data, run)]) == 0
+    assert "trying the one before" in (run / "train.log").read_text()
+    assert losses(run) == losses(whole)
+
+
+def test_other_batches_are_refused_when_continuing(data: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (whole / "config.yaml").read_text()
+    assert main(["train", write_config(data, whole), "batch.global_size=16", "schedule.steps=70"]) == 2
+    assert (whole / "config.yaml").read_text() == before
+    error = capsys.readouterr().err
+    assert "batch.global_size: 8 -> 16" in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_that_diverges_ends_in_one_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = data / "diverging"
+    overrides = ["optimizer={learning_rate: 1.0e+30, clip_norm: null}", "schedule.warmup_steps=0"]
+    assert main(["train", write_config(data, run), *overrides]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert "training has diverged" in error[-1]
+    assert "lower optimizer.learning_rate=1e+30" in error[-1]
+
+
+def test_tensorboard_has_the_numbers_of_the_metrics(data: Path) -> None:
+    run = data / "events"
+    assert main(["train", write_config(data, run), "log.tensorboard=true", "schedule.steps=16"]) == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    steps = [line for line in read_metrics(run) if "kind" not in line]
+    written = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert written == pytest.approx({line["step"]: line["loss"] for line in steps})
+    assert [event.step for event in events.Scalars("evaluation/loss")] == [0, 16]
+
+
 def test_other_data_is_refused_when_continuing(data: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (whole / "config.yaml").read_text()
     assert main(["train", write_config(data, whole), "run.seed=5"]) == 2
@@ -133,9 +137,68 @@ def test_generation_repeats_with_its_seed_and_evaluation_gives_each_source(
     assert texts[0].startswith("a: number")
     assert main(["evaluate", str(whole), "--data", str(data / "a"), str(data / "b")]) == 0
     printed = capsys.readouterr().out
-    last = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()][-1]
+    last = read_metrics(whole)[-1]
     assert f"{last['sources']['a']['loss']:.4f}" in printed
     assert f"{last['loss']:.4f}" in printed
+
+
+def test_bits_per_byte_count_the_text_and_not_its_end(data: Path, whole: Path) -> None:
+    line = read_metrics(whole)[-1]
+    source = line["sources"]["a"]
+    # A byte tokenizer's tokens are bytes, but for the end-of-document token, which stands for none.
+    assert 0 < source["evaluated_tokens"] - source["evaluated_bytes"] < 4 * 3
+    nats = source["loss"] * source["evaluated_tokens"]
+    assert source["bits_per_byte"] == pytest.approx(nats / math.log(2) / source["evaluated_bytes"])
+    assert source["perplexity"] == pytest.approx(math.exp(source["loss"]))
+
+
+def test_a_run_can_be_moved_and_evaluated_from_anywhere(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "moved")
+    shutil.copytree(data / "a", tmp_path / "renamed")
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "moved/checkpoints/step-00000060", "--data", "renamed"]) == 0
+    printed = capsys.readouterr().out
+    assert "held out" in printed
+    assert f"{read_metrics(whole)[-1]['sources']['a']['loss']:.4f}" in printed
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "tokenizer"
+    text = str(data / "a.jsonl")
+    trained = ["tokenizer", "train", "--kind", "bpe", "--vocab-size", "300", "--input", text, "--output", str(other)]
+    assert main(trained) == 0
+    prepared = ["data", "prepare", "--input", text, "--tokenizer", str(other), "--output", str(tmp_path / "other")]
+    assert main(prepared) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(whole), "--data", str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert "tokenizer" in error
+    assert error.count("\n") == 1
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(other, tmp_path / "run" / "tokenizer")
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "a"]) == 2
+    assert "is not the tokenizer that" in capsys.readouterr().err
+
+
+def test_a_model_with_more_rows_than_tokens_writes_tokens_only(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = data / "rows"
+    overrides = ["model.vocab_size=2000", "schedule={steps: 1}"]
+    assert main(["train", write_config(data, run), *overrides]) == 0
+    for options in (["--temperature", "50"], ["--top-p", "0"], ["--temperature", "1e-300"]):
+        assert main(["generate", str(run), "--prompt", "a: ", "--max-new-tokens", "200", *options]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("", "--prompt is empty"), ("\udcff", "--prompt is not valid UTF-8")])
+def test_a_prompt_that_cannot_be_encoded_is_refused(
+    whole: Path, prompt: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(whole), "--prompt", prompt]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_dry_run_checks_and_writes_nothing(data: Path) -> None:
