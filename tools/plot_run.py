@@ -24,7 +24,7 @@ def main() -> None:
     evaluations = [line for line in lines if line.get("kind") == "evaluation"]
     tokens = [line["tokens"] for line in evaluations]
     axes.plot(tokens, [line["loss"] for line in evaluations], "k.-", label="validation")
-    for name in evaluations[-1]["sources"]:
+    for name in evaluations[-1]["sources"] if evaluations else ():
         losses = [line["sources"][name]["loss"] for line in evaluations]
         axes.plot(tokens, losses, linewidth=1, label=f"validation, {name}")
     axes.set(xlabel="tokens", ylabel="loss, nats a token", ylim=(0, None))

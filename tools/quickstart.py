@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from megalm.cli import fail
 from megalm.config import load_config
 from megalm.config.sections import known
 from megalm.model.counts import parameter_count
@@ -67,6 +68,17 @@ def web() -> Iterator[str]:
         description = distribution.metadata.get_payload()  # type: ignore[attr-defined]
         if isinstance(description, str) and len(description) > 200:
             yield description
+
+
+def fresh_directory(path: Path) -> None:
+    """Makes `path` anew: what a quickstart before left there goes, and nothing else."""
+    mark = path / ".quickstart"
+    if mark.is_file():
+        shutil.rmtree(path)
+    if path.exists():
+        sys.exit(fail(f"--output {path}: exists and is no earlier quickstart's: name another, or remove it"))
+    path.mkdir(parents=True)
+    mark.touch()
 
 
 def write_corpus(folder: Path) -> None:
@@ -144,8 +156,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart"))
     options = parser.parse_args()
     output, started = options.output, time.monotonic()
-    if output.exists():
-        shutil.rmtree(output)
+    fresh_directory(output)
     print("writing the corpus")
     write_corpus(output / "text")
     files = [str(output / "text" / f"{name}.jsonl") for name in SOURCES]

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except UserError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except typer.TyperException as error:
         return _usage(error)
     except (typer.Abort, KeyboardInterrupt):
@@ -68,10 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         reason = error.strerror or str(error)
-        return _fail(f"{error.filename}: {reason}" if error.filename else reason)
+        return fail(f"{error.filename}: {reason}" if error.filename else reason)
 
 
-def _fail(message: str) -> int:
+def fail(message: str) -> int:
+    """Says a mistake in one line on stderr; returns its exit code."""
     print("megalm: error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
     return 2
 
@@ -81,8 +82,8 @@ def _usage(error: typer.TyperException) -> int:
     context = getattr(error, "ctx", None)
     message = error.format_message()
     if context is None:
-        return _fail(message)
+        return fail(message)
     if message == context.get_help():  # a group without a command
         print(message)
         return 0
-    return _fail(f"{message.rstrip('.')} (see {context.command_path} --help)")
+    return fail(f"{message.rstrip('.')} (see {context.command_path} --help)")
