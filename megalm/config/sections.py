@@ -173,7 +173,8 @@ class Pipeline(Section):
 
 class Zero(Section):
     stage: int = Field(default=1, ge=0, le=3)
-    """What is sharded over data ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    """What is sharded over data ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too; with one data
+    rank all are the same."""
 
 
 class Parallel(Section):
