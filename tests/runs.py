@@ -44,10 +44,10 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line.get("grad_norm", 0.0)) for line in read_metrics(run)]
 
 
-def start(config: str, *overrides: str) -> subprocess.Popen[bytes]:
+def start(config: str, *overrides: str, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     program = "import sys; from megalm.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "train", config, *overrides]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, stdout=stdout)
 
 
 def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:

@@ -183,11 +183,15 @@ def read_manifest(directory: Path) -> CheckpointManifest:
     """
     path = directory / MANIFEST
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such checkpoint: give a step's directory, such as checkpoints/step-00000100")
+        raise DamagedCheckpoint(
+            f"{directory}: no such checkpoint: give a step's directory, such as checkpoints/step-00000100"
+        )
     try:
         if _regular_size(path) > MANIFEST_LIMIT:
             raise DamagedCheckpoint(f"{path}: larger than {MANIFEST_LIMIT} bytes")
         content = path.read_bytes()
+        if not content.startswith(b'{"checksum": "'):
+            raise DamagedCheckpoint(f"{path}: is no checkpoint's manifest")
         line, newline, body = content.partition(b"\n")
         if line + newline != _first_line(body):
             raise DamagedCheckpoint(f"{path}: the manifest does not match its own checksum")

@@ -8,7 +8,9 @@ mistakes answer at once. `main` is the one place where a user's mistake becomes 
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -52,6 +54,9 @@ def _megalm(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line (`sys.argv` by default). Returns the exit code; a mistake is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of few characters is no reason to fail
     try:
         command = typer.main.get_command(app)
         code = command.main(args=arguments, prog_name="megalm", standalone_mode=False)
@@ -66,6 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has enough; nothing more can be written, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (RuntimeError, MemoryError) as error:  # torch has no class of its own for a CPU's memory
+        if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory", str(error)):
+            return fail(
+                f"out of memory: choose smaller sizes ({str(error).splitlines()[0] if str(error) else 'none left'})"
+            )
+        raise
     except OSError as error:
         reason = error.strerror or str(error)
         return fail(f"{error.filename}: {reason}" if error.filename else reason)

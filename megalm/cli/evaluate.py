@@ -32,7 +32,9 @@ def evaluate(
     from megalm.train.run_directory import load_model
 
     trained = load_model(checkpoint)
-    table = Table("source", "part", "sequences", "tokens", "loss", "perplexity", "bits/byte")
+    table = Table("source", "part", box=None)
+    for column in ("sequences", "tokens", "loss", "perplexity", "bits/byte"):
+        table.add_column(column, justify="right", no_wrap=True)
     total = Score(0.0, 0, 0)
 
     def add_row(name: str, part: str, sequences: str, score: Score) -> None:

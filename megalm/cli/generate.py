@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +18,7 @@ CheckpointPath = Annotated[
 def generate(
     checkpoint: CheckpointPath,
     prompt: Annotated[str, typer.Option(help="Text to go on with.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Stop after so many tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0, max=100, help="Below 1 sharper, above 1 flatter; 0 takes the likeliest token.")
     ] = 1.0,
@@ -32,7 +31,6 @@ def generate(
     from megalm.train.generate import continuation
     from megalm.train.run_directory import load_model
 
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # models write what a terminal may not show
     pieces = continuation(load_model(checkpoint), prompt, max_new_tokens, temperature, top_p, seed)
     for piece in itertools.chain([prompt], pieces, ["\n"]):
         print(show.printable(piece), end="", flush=True)

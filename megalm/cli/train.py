@@ -19,6 +19,9 @@ def train(
 
     resolved = load_config(config, overrides or ())
 
-    from megalm.train.trainer import run  # after the config is known to be right: importing torch takes seconds
+    from megalm.train.signals import StopRequest
 
-    run(resolved, dry_run=dry_run)
+    with StopRequest() as stop:  # from here on a signal ends a run well; importing torch alone takes seconds
+        from megalm.train.trainer import run
+
+        run(resolved, stop, dry_run)

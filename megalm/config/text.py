@@ -7,7 +7,7 @@ key given twice is an error. PyYAML parses the text to nodes and builds no objec
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from io import StringIO
 from pathlib import Path
@@ -27,6 +27,7 @@ _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0
 _SPECIAL_FLOAT = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z")
 _TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")  # what nodes without a tag have
 _MOST_DIGITS = 40  # Python refuses to read more than 4,300
+_MOST_VALUES = 100_000  # aliases of aliases grow without end
 
 
 class _Problem(Exception):
@@ -45,12 +46,14 @@ def parse_yaml(text: str, place: str) -> Any:
     """The plain value of a YAML document. `place` says in error messages where the text is from."""
     try:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
-        return None if node is None else _build(node)
+        return None if node is None else _build(node, iter(range(_MOST_VALUES)))
     except _Problem as problem:
         raise UserError(f"{_where(place, text, problem.mark)}: {problem}") from None
     except yaml.MarkedYAMLError as error:
         where = _where(place, text, error.problem_mark)
-        raise UserError(f"{where}: {error.problem}: quote text that has special characters") from None
+        raise UserError(
+            f"{where}: {error.problem}: check brackets and indentation, and quote text with special characters"
+        ) from None
     except yaml.YAMLError as error:
         raise UserError(f"{place}: {str(error).splitlines()[0]}") from None
     except RecursionError:
@@ -107,20 +110,23 @@ _Dumper.add_implicit_resolver("tag:megalm,2026:int", _INT, list("-+0123456789"))
 _Dumper.add_implicit_resolver("tag:megalm,2026:float", _FLOAT, list("-+.0123456789"))
 
 
-def _build(node: yaml.Node) -> Any:
+def _build(node: yaml.Node, budget: Iterator[int]) -> Any:
+    """The plain value of a node; `budget` has an item for each value that may still be made."""
+    if next(budget, None) is None:
+        raise _Problem(f"more than {_MOST_VALUES} values: no config is so large", node.start_mark)
     if node.tag not in _TAGS:
         raise _Problem(f"the tag {node.tag} is not known: remove it", node.start_mark)
     if isinstance(node, yaml.SequenceNode):
-        return [_build(item) for item in node.value]
+        return [_build(item, budget) for item in node.value]
     if isinstance(node, yaml.MappingNode):
         mapping: Raw = {}
         for key_node, value_node in node.value:
-            key = _build(key_node)
+            key = _build(key_node, budget)
             if not isinstance(key, str):
                 raise _Problem(f"the key {key} is not text: quote it", key_node.start_mark)
             if key in mapping:
                 raise _Problem(f"the key '{key}' is given twice: keep one", key_node.start_mark)
-            mapping[key] = _build(value_node)
+            mapping[key] = _build(value_node, budget)
         return mapping
     assert isinstance(node, yaml.ScalarNode)
     if node.style:

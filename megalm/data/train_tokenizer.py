@@ -18,6 +18,7 @@ from pathlib import Path
 
 import xxhash
 
+from megalm.data.child import call_in_child
 from megalm.data.directory import new_directory
 from megalm.data.sources import EMPTY, GZIP_RATIO, Unit, list_files, make_units, read_unit
 from megalm.data.tokenizer import EOD, FILES, RECORD, HuggingFaceTokenizer, SentencePieceTokenizer
@@ -28,7 +29,8 @@ KINDS = tuple(FILES)
 SAMPLE_BYTES = 512 << 20
 HELD_EVERY = 50
 HELD_BYTES = 1 << 20
-SENTENCE_LENGTH = 1 << 14
+SENTENCE_LENGTH = 1 << 12  # trainers take time that grows with the square of a word's length
+LARGEST = 1 << 22
 LINES = re.compile(r"[^\n]*\n+|[^\n]+")
 OWNED = re.compile("|".join(re.escape(name) for name in (RECORD, *FILES.values())))
 # How a text is cut before pairs are merged: contractions, words with what leads them, up to three digits, punctuation,
@@ -37,6 +39,10 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+
+
+OnProgress = Callable[[int, int], None]
+"""Told how many of the inputs' bytes on disk are read, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,11 @@ def train_tokenizer(
     text_key: str = "text",
     sample_bytes: int = SAMPLE_BYTES,
     overwrite: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> TrainReport:
     """Trains a tokenizer of `vocab_size` ids, the end-of-document token among them, and writes it to `output`.
 
-    `on_progress` is told how many of the inputs' bytes on disk are read; when all are, merging goes on for a while.
+    When all is read, merging goes on for a while, in a process of its own, since it hears no signal.
     A `UserError` says what does not fit: inputs, kind, a vocabulary that the text is too small or too varied for.
     """
     if kind not in KINDS:
@@ -74,15 +80,14 @@ def train_tokenizer(
     smallest = 258 if kind == "sentencepiece" else 257
     if vocab_size < smallest:
         raise UserError(f"--vocab-size {vocab_size}: too small for 256 bytes and special tokens: at least {smallest}")
+    if vocab_size > LARGEST:
+        raise UserError(f"--vocab-size {vocab_size}: no tokenizer has that many ids: at most {LARGEST}")
     if sample_bytes < 1:
         raise UserError(f"--sample-bytes {sample_bytes}: must be at least 1")
     units = make_units(list_files(inputs).files)
     with new_directory(output, OWNED, overwrite) as directory:
-        sample = _Sample(units, text_key, sample_bytes, on_progress)
-        if kind == "sentencepiece":
-            content = _train_sentencepiece(_sentences(sample.documents()), vocab_size, sample)
-        else:
-            content = _train_bpe(sample.documents(), vocab_size, sample)
+        sample = _Sample(units, text_key, sample_bytes)
+        content, sample = call_in_child(_train, (kind, vocab_size, sample), on_progress, "the tokenizer's training")
         file = directory / FILES[kind]
         tokenizer = (SentencePieceTokenizer if kind == "sentencepiece" else HuggingFaceTokenizer)(content, file)
         record = {
@@ -116,14 +121,13 @@ class _Sample:
     units: list[Unit]
     text_key: str
     sample_bytes: int
-    on_progress: Callable[[int, int], None]
     held: list[str] = field(default_factory=list)
     first: list[str] = field(default_factory=list)
     num_documents: int = 0
     text_bytes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, on_progress: OnProgress) -> Iterator[str]:
         """About `sample_bytes` of documents, evenly from all; some are kept in `held` instead, and in `first`."""
         sizes = [(p.path.name.endswith(".gz"), p.end - p.start) for unit in self.units for p in unit]
         total = sum(size for _, size in sizes)
@@ -148,9 +152,13 @@ class _Sample:
                 if first_bytes < HELD_BYTES:
                     first_bytes += size
                     self.first.append(record.text)
-                self.on_progress(done, total)
+                on_progress(done, total)
                 yield record.text
-        self.on_progress(total, total)
+        on_progress(total, total)
+        if self.num_documents == 0 and seen:
+            raise UserError(
+                f"--sample-bytes {self.sample_bytes}: takes none of the {seen} documents: choose more, as the default"
+            )
         if self.num_documents == 0:
             faults = {reason: count for reason, count in self.skipped.items() if reason != EMPTY}
             seen_instead = "; ".join(f"{reason}: {count}" for reason, count in sorted(faults.items()))
@@ -161,6 +169,12 @@ class _Sample:
             f"--vocab-size {vocab_size}: the corpus ({self.text_bytes} bytes) is too small for it: give more text, or "
             f"choose at most {largest}"
         )
+
+
+def _train(kind: str, vocab_size: int, sample: _Sample, on_progress: OnProgress) -> tuple[bytes, _Sample]:
+    """The trained tokenizer's file, and the sample as it is after all was read."""
+    train = _train_sentencepiece if kind == "sentencepiece" else _train_bpe
+    return train(_sentences(sample.documents(on_progress)), vocab_size, sample), sample
 
 
 def _sentences(documents: Iterator[str]) -> Iterator[str]:
@@ -213,11 +227,12 @@ def _train_sentencepiece(sentences: Iterator[str], vocab_size: int, sample: _Sam
             raise UserError(
                 f"--vocab-size {vocab_size}: too small for the characters of the corpus: choose at least {found[1]}"
             ) from None
-        raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--input: sentencepiece cannot be trained on this text ({reason}): try --kind bpe") from None
     return model.getvalue()
 
 
-def _train_bpe(documents: Iterator[str], vocab_size: int, sample: _Sample) -> bytes:
+def _train_bpe(sentences: Iterator[str], vocab_size: int, sample: _Sample) -> bytes:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -234,7 +249,7 @@ def _train_bpe(documents: Iterator[str], vocab_size: int, sample: _Sample) -> by
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator(sentences, trainer)
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
         raise sample.too_small(vocab_size, reached)

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalm.config.sections import Config, Model
+from megalm.config.sections import Config, Model, known
 from megalm.data.dataset import Source
 from megalm.data.loader import Loader, MicroBatch
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import UserError
+from megalm.model.counts import parameter_count
 from megalm.model.init import initialise
 from megalm.model.transformer import Recompute, Transformer
 from megalm.optim.adamw import build_adamw, moments
-from megalm.train.device import DTYPES, pick_device
+from megalm.train.device import DTYPES, pick_device, total_memory
+
+BYTES_A_PARAMETER = 16  # float32: parameter, gradient, two moments
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,18 @@ def build_inputs(config: Config) -> Inputs:
         config.model.document_attention,
         config.data.validation.samples,
     )
-    return Inputs(config, tokenizer, loader, pick_device(config.run.device))
+    device = pick_device(config.run.device)
+    _check_memory(config.model, device)
+    return Inputs(config, tokenizer, loader, device)
+
+
+def _check_memory(model: Model, device: torch.device) -> None:
+    needed, there = parameter_count(model, known(model.vocab_size)) * BYTES_A_PARAMETER, total_memory(device)
+    if needed > there:
+        raise UserError(
+            f"model: parameters, gradients and optimizer state take {needed / 2**30:,.0f} GiB, but the {device.type} "
+            f"has {there / 2**30:,.0f} GiB of memory: choose a smaller model.preset, hidden_size or num_layers"
+        )
 
 
 def build_parts(config: Config, device: torch.device) -> Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import time
@@ -78,6 +79,13 @@ def measured_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 0
 def _wait_for(result: Tensor) -> None:
     if result.is_cuda:
         torch.cuda.synchronize(result.device)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import orjson
 
 from megalm.errors import UserError
 from megalm.files import write_atomic
+
+logger = logging.getLogger("megalm")
 
 
 class Metrics:
@@ -51,15 +54,14 @@ class Metrics:
 
 
 def _lines_until(path: Path, last_step: int) -> list[bytes]:
-    """The lines of steps up to `last_step`; a damaged line, half written or lost in a power cut, ends them."""
+    """The lines of steps up to `last_step`, without damaged ones: half written, or lost in a power cut."""
     kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         try:
-            step = orjson.loads(line)["step"]
+            if orjson.loads(line)["step"] <= last_step and line.endswith(b"\n"):
+                kept.append(line)
         except (orjson.JSONDecodeError, KeyError, TypeError):
-            break
-        if step <= last_step and line.endswith(b"\n"):
-            kept.append(line)
+            logger.warning("%s: line %d was damaged and is left out", path, number)
     return kept
 
 

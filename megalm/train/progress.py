@@ -4,19 +4,21 @@ no terminal. Everything that the "megalm" logger says comes out above the bar.""
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from megalm.config.batches import plan_batches
 from megalm.config.sections import known
 from megalm.model.counts import parameter_count
-from megalm.train.build import Inputs
+from megalm.train.build import BYTES_A_PARAMETER, Inputs
 
 logger = logging.getLogger("megalm")
-BYTES_A_PARAMETER = 16  # float32: parameter, gradient, two moments
 
 
 def summary(inputs: Inputs) -> str:
@@ -42,21 +44,28 @@ def summary(inputs: Inputs) -> str:
     )
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader has gone, such as `head`; the run goes on, and its log file has all that is said."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Terminal(logging.Handler):
     """The bar and the lines above it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.console = Console()
+        self.console = _Console()
+        whole = Column(no_wrap=True)
         self.bar = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # gives way to the words where there is no room
+            MofNCompleteColumn(table_column=whole),
+            TextColumn("{task.description}", table_column=whole),
+            TimeRemainingColumn(compact=True, table_column=whole),
             console=self.console,
             disable=not self.console.is_terminal,
+            expand=True,
         )
 
     def __enter__(self) -> Terminal:
@@ -81,9 +90,14 @@ class Terminal(logging.Handler):
             f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  grad norm {values['grad_norm']:.2f}  "
             f"{values['tokens_per_second']:,.0f} tokens/s  mfu {values['mfu']:.0%}"
         )
-        self.bar.update(self.task, completed=values["step"], description=line)
+        short = f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
+        self.bar.update(self.task, completed=values["step"], description=short)
         logger.info("step %d: %s", values["step"], line, extra={"shown_by_bar": True})
 
     def emit(self, record: logging.LogRecord) -> None:
         if not (self.console.is_terminal and hasattr(record, "shown_by_bar")):
-            self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+            self.say(record.getMessage())
+
+    def say(self, text: str) -> None:
+        """Shows lines, above the bar if there is one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from megalm.checkpoint import latest, load, read_manifest
 from megalm.config import Config, resolve, to_yaml
-from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.data.tokenizer import FILES, RECORD, Tokenizer, load_tokenizer
 from megalm.errors import UserError
 from megalm.files import write_atomic
 from megalm.model.transformer import Transformer
@@ -26,6 +27,8 @@ from megalm.train.build import build_model
 from megalm.train.device import DTYPES, pick_device
 
 CHECKPOINTS = "checkpoints"
+TOKENIZER_FILES = (RECORD, *FILES.values())
+MARK = ".megalm-run"  # the file that makes a directory a run's, and its lock
 
 
 class RunLog(logging.FileHandler):
@@ -36,12 +39,50 @@ class RunLog(logging.FileHandler):
         raise UserError(f"{self.baseFilename}: cannot write: {error}; the last checkpoint is intact") from error
 
 
+def check_directory(directory: Path) -> None:
+    """Raises a UserError if no run can live in `directory`; writes nothing."""
+    here = directory
+    while not here.exists():
+        here = here.parent
+    if not here.is_dir():
+        raise UserError(f"run.dir={directory}: {here} is a file: choose another directory")
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir={directory}: {here} may not be written to: choose another directory")
+    names = sorted(os.listdir(directory)) if here == directory else []
+    if names and MARK not in names:
+        raise UserError(
+            f"run.dir={directory}: holds other files ({names[0]}) and no run (no {MARK}): choose a new or empty "
+            "directory"
+        )
+    if CHECKPOINTS in names and not (directory / CHECKPOINTS).is_dir():
+        raise UserError(f"{directory / CHECKPOINTS}: is a file: remove it")
+
+
 @contextmanager
-def opened(config: Config) -> Iterator[Path]:
-    """Makes `run.dir`, keeps other processes out of it, and logs to its `train.log`."""
-    directory = Path(config.run.dir)
+def opened(directory: Path) -> Iterator[None]:
+    """Makes a run's directory, keeps other processes out of it, and logs to its `train.log`.
+
+    A directory that was new or empty is so again if the run fails before it has a number to show.
+    """
+    check_directory(directory)
+    existed = directory.exists()
+    fresh = not existed or not any(directory.iterdir())
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
+    try:
+        with _locked(directory):
+            yield
+    except BaseException:
+        metrics = directory / "metrics.jsonl"
+        if fresh and not (metrics.exists() and metrics.stat().st_size):
+            shutil.rmtree(directory, ignore_errors=True)
+            if existed:
+                directory.mkdir()
+        raise
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    with (directory / MARK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -51,7 +92,7 @@ def opened(config: Config) -> Iterator[Path]:
         logger = logging.getLogger("megalm")
         logger.addHandler(handler)
         try:
-            yield directory
+            yield
         finally:
             logger.removeHandler(handler)
             handler.close()
@@ -71,11 +112,10 @@ def _copy_tokenizer(path: str, target: Path) -> None:
     fresh = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     if path != "byte":
-        if source.is_dir():
-            shutil.copytree(source, fresh)
-        else:
-            fresh.mkdir()
-            shutil.copy2(source, fresh)
+        fresh.mkdir()
+        for file in [source / name for name in TOKENIZER_FILES] if source.is_dir() else [source]:
+            if file.is_file():
+                shutil.copy2(file, fresh)
     shutil.rmtree(target, ignore_errors=True)
     if fresh.exists():
         fresh.rename(target)
@@ -107,7 +147,7 @@ class TrainedModel:
 
 def load_model(path: Path) -> TrainedModel:
     """The model of the checkpoint that `path` names. It is put on a GPU if there is one, wherever it was trained."""
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path).resolve()
     state = read_manifest(checkpoint).state
     config = resolve(state["config"], world_size=None)
     copied = checkpoint.parent.parent / "tokenizer"

@@ -35,10 +35,12 @@ from megalm.train.device import DTYPES, memory_bytes, peak_flops
 from megalm.train.evaluate import evaluation_line, score_sources
 from megalm.train.metrics import Metrics
 from megalm.train.progress import Terminal, summary
-from megalm.train.run_directory import CHECKPOINTS, describe, opened
+from megalm.train.run_directory import CHECKPOINTS, check_directory, describe, opened
 from megalm.train.signals import StopRequest
 
 logger = logging.getLogger("megalm")
+
+NOT_THE_MODEL = ("model.preset:", "model.z_loss:", "model.init_std:")  # keys that do not change what a model computes
 
 
 @dataclass
@@ -51,21 +53,23 @@ class Position:
     tokens_by_source: dict[str, int] = field(default_factory=dict)
 
 
-def run(config: Config, dry_run: bool = False) -> None:
-    """Trains what `config` says, from the start or from where its directory's newest checkpoint is.
+def run(config: Config, stop: StopRequest, dry_run: bool = False) -> None:
+    """Trains what `config` says, from the start or from where its directory's newest checkpoint is, until `stop`.
 
     Raises a UserError before anything is written if something is wrong with the config or what it names. With
     `dry_run`, stops after all checks and a summary.
     """
-    inputs = build_inputs(config)
-    print(summary(inputs))
-    if dry_run:
-        print("dry run: everything that can be checked is well; nothing was written")
-        return
-    with StopRequest() as stop, Terminal() as terminal, opened(inputs.config) as directory:
-        trainer = Trainer(inputs, directory)
-        describe(inputs.config, directory)  # not before the run may go on: a refused one changes nothing
-        trainer.train(terminal, stop)
+    inputs, directory = build_inputs(config), Path(config.run.dir)
+    check_directory(directory)
+    with Terminal() as terminal:
+        terminal.say(summary(inputs))
+        if dry_run:
+            terminal.say("dry run: everything that can be checked is well; nothing was written")
+            return
+        with opened(directory):
+            trainer = Trainer(inputs, directory)
+            describe(inputs.config, directory)  # not before the run may go on: a refused one changes nothing
+            trainer.train(terminal, stop)
 
 
 class Trainer:
@@ -77,6 +81,8 @@ class Trainer:
         self.parts: Parts = build_parts(self.config, inputs.device)
         self.position = Position(tokens_by_source=dict.fromkeys(inputs.loader.source_names, 0))
         self.steps = known(self.config.schedule.steps)
+        self.saved: int | None = None
+        """The step of the newest checkpoint."""
         self._resume()
 
     def train(self, terminal: Terminal, stop: StopRequest) -> None:
@@ -94,7 +100,6 @@ class Trainer:
             terminal.start(self.steps, self.position.step)
             if self.position.step == 0:
                 self._evaluate(metrics)
-            saved = self.position.step
             while self.position.step < self.steps and stop.received is None:
                 values = self._step(stream)
                 done = self.position.step
@@ -105,8 +110,8 @@ class Trainer:
                 if last or done % known(self.config.evaluate.every) == 0:
                     self._evaluate(metrics)
                 if last or done % known(self.config.checkpoint.every) == 0:
-                    saved = self._save(metrics)
-            if saved < self.position.step:
+                    self._save(metrics)
+            if (self.saved or 0) < self.position.step:
                 self._save(metrics)
             if stop.received is not None:
                 logger.info("%s: stopped after step %d; start again to go on", stop.received.name, self.position.step)
@@ -137,9 +142,12 @@ class Trainer:
         loss = nats.item() / counted
         step = self.position.step + 1
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            where = (
+                "there is no checkpoint yet" if self.saved is None else f"the last checkpoint is of step {self.saved}"
+            )
             raise UserError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}: training has diverged; the last checkpoint "
-                f"is from before: lower optimizer.learning_rate={self.config.optimizer.learning_rate} or lengthen "
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: training has diverged; {where}: lower "
+                f"optimizer.learning_rate={self.config.optimizer.learning_rate} or lengthen "
                 f"schedule.warmup_steps={self.config.schedule.warmup_steps}"
             )
         learning_rate = self._learning_rate(step)
@@ -196,8 +204,8 @@ class Trainer:
             ", ".join(f"{name} {part.loss:.4f}" for name, part in scores.items()),
         )
 
-    def _save(self, metrics: Metrics) -> int:
-        """Writes a checkpoint; returns its step."""
+    def _save(self, metrics: Metrics) -> None:
+        """Writes a checkpoint."""
         metrics.sync()
         state = {
             "position": asdict(self.position),
@@ -208,7 +216,7 @@ class Trainer:
         }
         root = self.directory / CHECKPOINTS
         checkpoint.save(root, self.position.step, self.parts.tensors(), state, self.config.checkpoint.keep)
-        return self.position.step
+        self.saved = self.position.step
 
     def _resume(self) -> None:
         """Goes to the newest intact checkpoint, if there is one."""
@@ -216,41 +224,53 @@ class Trainer:
         for found in checkpoint.complete(root) if root.is_dir() else ():
             try:
                 saved = checkpoint.read_manifest(found).state
-                self._refuse_other_order(found, saved)
+                self._refuse_another_run(found, saved)
                 checkpoint.load(found, self.parts.tensors())
             except checkpoint.DamagedCheckpoint as damage:
                 logger.warning("%s; trying the one before", damage)
                 continue
             self.position = Position(**saved["position"])
+            self.saved = self.position.step
             logger.info("continuing from %s", found)
             if changes := _differences(saved["config"], self.config):
-                logger.info("changed since then: %s", changes)
+                logger.info("changed since then: %s", ", ".join(changes))
             return
         if root.is_dir() and any(root.glob("step-*")):
             raise UserError(f"{root}: no checkpoint is intact: choose another run.dir or remove this one")
 
-    def _refuse_other_order(self, found: Path, saved: dict[str, Any]) -> None:
-        """A run goes on only if its samples do: the same data in the same order and the same batches."""
+    def _refuse_another_run(self, found: Path, saved: dict[str, Any]) -> None:
+        """A run goes on only with the same model on the same data in the same order and the same batches."""
         changes = _differences(saved["config"], self.config)
         if saved["data"] != self.inputs.loader.fingerprint:
             raise UserError(
-                f"{found}: was trained on other data or in another order ({changes or 'prepared anew'}): "
+                f"{found}: was trained on other data or in another order ({', '.join(changes) or 'prepared anew'}): "
                 "continue with the same data section and run.seed, or choose another run.dir"
             )
+        model = [change for change in changes if change.startswith("model.") and not change.startswith(NOT_THE_MODEL)]
+        if model:
+            raise UserError(
+                f"{found}: is of another model ({', '.join(model)}): continue with the same model section, or choose "
+                "another run.dir"
+            )
         position = Position(**saved["position"])
+        if position.step > self.steps:
+            raise UserError(
+                f"schedule.steps={self.steps} is less than the {position.step} steps that {found} has: raise it, or "
+                "choose another run.dir"
+            )
         if self.batches.first_sample(position.step) != position.consumed_samples:
             raise UserError(
                 f"{found}: {position.consumed_samples} sequences in {position.step} steps do not fit this config's "
-                f"batches ({changes}): continue with the same batch.global_size and batch.ramp, or choose another "
-                "run.dir"
+                f"batches ({', '.join(changes)}): continue with the same batch.global_size and batch.ramp, or choose "
+                "another run.dir"
             )
 
 
-def _differences(saved: dict[str, Any], config: Config) -> str:
+def _differences(saved: dict[str, Any], config: Config) -> list[str]:
     """`section.key: old -> new` of everything in which two configs differ."""
     old, new = _flat(saved), _flat(config.model_dump(mode="json"))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed)
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -109,10 +110,14 @@ OVERRIDES = [
     ("data.sources.2.weight=1", "data.sources.2: data.sources is a list: its elements are 0 to 1"),
     ("data.sources.-1.weight=1", "data.sources.-1: data.sources is a list: its elements are 0 to 1"),
     ("data.sources.code.weight=1", "data.sources.code: data.sources is a list: its elements are 0 to 1"),
-    ("run.dir=[1", "run.dir=[1: expected ',' or ']', but got '<stream end>': quote text"),
-    ("run.dir=@x", "run.dir=@x: found character '@' that cannot start any token: quote text"),
+    ("run.dir=[1", "run.dir=[1: expected ',' or ']', but got '<stream end>': check brackets"),
+    ("run.dir=@x", "run.dir=@x: found character '@' that cannot start any token: check brackets"),
     ("run.dir=#5", "run.dir=#5: # starts a comment in YAML: quote the value, for example 'run.dir=\"#5\"'"),
     ("run.dir=*x", "run.dir=*x: found undefined alias 'x'"),
+    (
+        "run.dir=[&a [1, 1], " + ", ".join(f"&{b} [*{a}, *{a}]" for a, b in pairwise("abcdefghijklmnopqrst")) + "]",
+        "more than 100000 values",
+    ),
     ("log.every=!!python/name:os.system", "the tag tag:yaml.org,2002:python/name:os.system is not known: remove it"),
     ("log={every: 1, every: 2}", "log={every: 1, every: 2}: the key 'every' is given twice: keep one"),
     ("log={1: 2}", "log={1: 2}: the key 1 is not text: quote it"),

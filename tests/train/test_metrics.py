@@ -14,12 +14,13 @@ from megalm.train.metrics import Metrics
         (b"", [0, 1, 2]),
         (b'{"step":3,"lo', [0, 1, 2]),
         (b'{"step":3}', [0, 1, 2]),
-        (b'\0\0\0\0\n{"step":3}\n', [0, 1, 2]),
+        (b'\0\0\0\0\n{"step":3}\n', [0, 1, 2, 3]),
         (b'{"step":3}\n{"step":4}\n', [0, 1, 2, 3]),
-        (b'[3]\n{"step":3}\n', [0, 1, 2]),
+        (b'[3]\n{"step":3}\n', [0, 1, 2, 3]),
+        (b'{"step":"x"}\n{"step":3}\n', [0, 1, 2, 3]),
     ],
 )
-def test_a_run_that_goes_on_keeps_the_lines_up_to_its_checkpoint_and_to_the_first_damaged_one(
+def test_a_run_that_goes_on_keeps_the_whole_lines_up_to_its_checkpoint(
     tmp_path: Path, damage: bytes, kept: list[int]
 ) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,34 @@ def test_other_batches_are_refused_when_continuing(data: Path, whole: Path, caps
     error = capsys.readouterr().err
     assert "batch.global_size: 8 -> 16" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.rope_theta=777.0", "model.rope_theta: 10000.0 -> 777.0"),
+        ("model.sliding_window=7", "model.sliding_window: None -> 7"),
+        ("model.num_heads=8", "model.num_heads: 4 -> 8"),
+        ("schedule.steps=20", "schedule.steps=20 is less than the 60 steps"),
+    ],
+)
+def test_another_model_or_a_shorter_run_is_refused_when_continuing(
+    data: Path, whole: Path, override: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (whole / "config.yaml").read_text()
+    assert main(["train", write_config(data, whole), override]) == 2
+    assert (whole / "config.yaml").read_text() == before
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_whose_reader_goes_away_goes_on(data: Path, whole: Path) -> None:
+    run = data / "unread"
+    process = start(write_config(data, run), stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(200) == 0
+    assert losses(run) == losses(whole)
 
 
 def test_a_run_that_diverges_ends_in_one_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

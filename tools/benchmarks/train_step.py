@@ -8,11 +8,16 @@ pass, parameters cast once a micro-batch. Run it on an idle machine; the best st
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 
 import torch
-import transformers
+
+try:
+    import transformers
+except ImportError:
+    sys.exit("transformers is not installed: it comes with the test extra, which `make test` installs")
 
 from megalm.config.sections import Model, Optimizer
 from megalm.model.init import initialise
