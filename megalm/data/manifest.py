@@ -121,9 +121,6 @@ class Manifest:
             raise UserError(f'this is not a megalm data manifest (no "format": "{FORMAT}")')
         if content["version"] != VERSION:
             raise UserError(f"version {content['version']!r} is not the one that this megalm reads ({VERSION})")
-        # What others write, or older versions wrote, has no checksum.
-        if "checksum" in content and content["checksum"] != _checksum(content):
-            raise ValueError("its checksum is not that of what it says")
         manifest = cls(
             tokenizer=_typed(TokenizerRecord, content["tokenizer"]),
             dtype=content["dtype"],
@@ -140,6 +137,9 @@ class Manifest:
         for total in ("documents", "tokens", "text_bytes"):
             if content[total] != getattr(manifest, total):
                 raise ValueError(f"{total} is not the sum over the shards")
+        # Last, as it says least of what is wrong. What others write, or older versions wrote, has no checksum.
+        if "checksum" in content and content["checksum"] != _checksum(content):
+            raise ValueError("its checksum is not that of what it says")
         return manifest
 
 
