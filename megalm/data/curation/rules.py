@@ -11,13 +11,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from megalm.errors import UserError, nearest
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Shares = dict[Annotated[int, Field(ge=1, le=100)], Share]
+
+
+def _numbered(shares: Any) -> Any:
+    """The keys of YAML are text."""
+    if not isinstance(shares, dict):
+        return shares
+    return {int(n) if isinstance(n, str) and n.isdecimal() else n: share for n, share in shares.items()}
+
+
+Shares = Annotated[dict[Annotated[int, Field(ge=1, le=100)], Share], BeforeValidator(_numbered)]
 
 
 class Breach(NamedTuple):
