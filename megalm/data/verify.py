@@ -45,13 +45,17 @@ def verify(directory: Path, on_progress: OnProgress = lambda done, total: None) 
 
 def _verify_shard(directory: Path, manifest: Manifest, shard: Shard, advance: Callable[[int], None]) -> list[str]:
     problems = []
+    for suffix, checksum in ((".bin", shard.bin_checksum), (".idx", shard.idx_checksum)):
+        path = directory / f"{shard.name}{suffix}"
+        if not path.is_file():
+            problems.append(f"{path}: the file is missing")
+        elif file_checksum(path, advance) != checksum:
+            problems.append(f"{path}: altered: its checksum is not the manifest's")
+    if problems:  # whose fault it is that the two do not fit together is known
+        return problems
     try:
         index, _ = open_shard(directory, manifest, shard)
         index.verify()
     except UserError as error:
         problems.append(str(error).removesuffix(": prepare the data again"))
-    for suffix, checksum in ((".bin", shard.bin_checksum), (".idx", shard.idx_checksum)):
-        path = directory / f"{shard.name}{suffix}"
-        if path.is_file() and file_checksum(path, advance) != checksum and not any(str(path) in p for p in problems):
-            problems.append(f"{path}: altered: its checksum is not the manifest's")
     return problems

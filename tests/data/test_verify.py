@@ -34,7 +34,7 @@ def flip(path: Path, at: int = -1) -> None:
 def test_data_as_it_was_prepared_is_intact(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told: list[tuple[int, int]] = []
     assert verify(prepared, lambda done, total: told.append((done, total))) == []
-    size = sum(path.stat().st_size for path in prepared.iterdir() if path.name != "manifest.json")
+    size = sum(path.stat().st_size for path in prepared.glob("shard-*"))
     assert told[-1] == (size, size)
     assert main(["data", "verify", str(prepared), str(prepared)]) == 0
     assert capsys.readouterr().out == f"{prepared}: intact\n" * 2
@@ -74,9 +74,9 @@ def test_a_changed_value_anywhere_in_the_manifest_is_found(prepared: Path) -> No
     [
         (lambda d: (d / "shard-00001.bin").unlink(), "shard-00001.bin: the file is missing"),
         (lambda d: (d / "shard-00001.idx").unlink(), "shard-00001.idx: the file is missing"),
-        (lambda d: os.truncate(d / "shard-00001.bin", 5), "shard-00001.bin: too short"),
-        (lambda d: os.truncate(d / "shard-00001.idx", 5), "shard-00001.idx: corrupt index"),
-        (lambda d: shutil.copy(d / "shard-00000.idx", d / "shard-00001.idx"), "shard-00001.idx"),
+        (lambda d: os.truncate(d / "shard-00001.bin", 5), "shard-00001.bin: altered"),
+        (lambda d: os.truncate(d / "shard-00001.idx", 0), "shard-00001.idx: altered"),
+        (lambda d: shutil.copy(d / "shard-00000.idx", d / "shard-00001.idx"), "shard-00001.idx: altered"),
         (lambda d: shutil.copy(d / "shard-00000.idx", d / "shard-99999.idx"), "shard-99999.idx: not in manifest.json"),
         (lambda d: (d / "manifest.json").unlink(), "no manifest.json inside"),
         (lambda d: (d / "manifest.json").write_text("{"), "manifest.json: damaged"),
@@ -91,6 +91,17 @@ def test_the_command_names_what_is_damaged(
     assert reason in captured.out
     assert reason in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_shards_that_never_fitted_the_manifest_are_found(prepared: Path) -> None:
+    """A directory whose checksums are right, and whose index is another's."""
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    del manifest["checksum"]
+    shutil.copy(prepared / "shard-00000.idx", prepared / "shard-00001.idx")
+    manifest["shards"][1]["idx_checksum"] = manifest["shards"][0]["idx_checksum"]
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+    (problem,) = verify(prepared)
+    assert "shard-00001" in problem
 
 
 def test_all_problems_of_all_directories_are_listed(

@@ -49,13 +49,18 @@ def _line(record: Record, text_key: str) -> bytes:
 
 def _rows(piece: Piece, text_key: str) -> Iterator[bytes]:
     """The piece's rows as JSON objects; its bounds are row groups."""
+    import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(piece.path) as file:
-        groups = range(piece.start, min(piece.end, file.metadata.num_row_groups))
-        for batch in file.iter_batches(ROWS, row_groups=list(groups), use_threads=False):
-            for row in batch.to_pylist():
-                yield _dump(row, piece.path, text_key)
+    try:
+        with ParquetFile(piece.path) as file:
+            groups = range(piece.start, min(piece.end, file.metadata.num_row_groups))
+            for batch in file.iter_batches(ROWS, row_groups=list(groups), use_threads=False):
+                for row in batch.to_pylist():
+                    yield _dump(row, piece.path, text_key)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{piece.path}: a column cannot be read ({reason}): mend it or leave it out") from None
 
 
 def _dump(row: dict[str, Any], path: Path, text_key: str) -> bytes:
