@@ -87,10 +87,10 @@ def filter_(
     min_confidence: Annotated[
         float | None, typer.Option(help="How sure the language has to be; 0.5 if not given.", show_default=False)
     ] = None,
-    min_characters: Annotated[int | None, typer.Option(show_default=False)] = None,
-    max_characters: Annotated[int | None, typer.Option(show_default=False)] = None,
-    min_words: Annotated[int | None, typer.Option(show_default=False)] = None,
-    max_words: Annotated[int | None, typer.Option(show_default=False)] = None,
+    min_characters: Annotated[int | None, typer.Option(help="Remove shorter documents.", show_default=False)] = None,
+    max_characters: Annotated[int | None, typer.Option(help="Remove longer ones.", show_default=False)] = None,
+    min_words: Annotated[int | None, typer.Option(help="Remove documents of fewer words.", show_default=False)] = None,
+    max_words: Annotated[int | None, typer.Option(help="Remove those of more.", show_default=False)] = None,
     gopher_quality: Annotated[
         bool, typer.Option("--gopher-quality", help="Gopher's rules on words and lines.")
     ] = False,

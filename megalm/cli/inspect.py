@@ -63,8 +63,8 @@ def inspect(
         for segment in shown.segments:
             end = " <end of document>" if segment.ended else " <cut>"
             typer.echo(
-                f"--- positions {segment.first} to {segment.first + segment.tokens - 1}: {segment.tokens} tokens, "
-                f"{segment.in_loss} in the loss"
+                f"--- its tokens {segment.first} to {segment.first + segment.tokens - 1}, positions from 0: "
+                f"{segment.tokens} tokens, {segment.in_loss} in the loss"
             )
             typer.echo(show.printable(segment.text) + end)
 

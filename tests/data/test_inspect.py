@@ -107,7 +107,7 @@ def test_the_command_shows_totals_documents_and_where_a_samples_documents_end(
     ends = stream[400:800].count(manifest.tokenizer.eod)
     assert ends > 1
     assert text.count(" <end of document>") == ends
-    heads = re.findall(r"--- positions (\d+) to (\d+): (\d+) tokens, (\d+) in the loss", text)
+    heads = re.findall(r"--- its tokens (\d+) to (\d+), positions from 0: (\d+) tokens, (\d+) in the loss", text)
     assert sum(int(tokens) for _, _, tokens, _ in heads) == 400
     assert sum(int(in_loss) for *_, in_loss in heads) == 400 - ends
 

@@ -5,7 +5,7 @@
     3  units --workers--> part-K.jsonl, without what is removed
 
 The inputs are read twice, so that no text waits in memory: the first pass keeps 16 bytes a document for exact
-duplicates, and step 2 takes about 60; for near duplicates see `minhash`. Exact means equal text; the digest is
+duplicates, and step 2 takes about 70; for near duplicates see `minhash`. Exact means equal text; the digest is
 xxh3-128, so that two of 10**12 different documents have the same with probability 10**-15.
 """
 
@@ -45,7 +45,7 @@ from megalm.data.sources import UNIT_BYTES, Unit
 from megalm.errors import UserError
 
 KINDS = ("exact", "minhash")
-BATCH = 256  # documents whose signatures are computed together
+BATCH_BYTES = 1 << 20  # text whose signatures are computed together; its words take ten times as much
 
 
 class Duplicate(NamedTuple):
@@ -115,7 +115,11 @@ def dedup(
             for d in first
         ]
         report = DedupReport(scan.ledger.counts, exact, len(repeats) - exact, duplicates, scan.ledger.faults)
-        settings = {"kind": kind, **({"threshold": threshold, "ngram": ngram} if near_ngram else {})}
+        settings = {
+            "inputs": list(map(str, inputs)),
+            "kind": kind,
+            **({"threshold": threshold, "ngram": ngram} if near_ngram else {}),
+        }
         save_report(directory, _to_json(report, settings))
     return report
 
@@ -136,7 +140,7 @@ def _to_json(report: DedupReport, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": "megalm-dedup",
         "version": 1,
-        "settings": settings,
+        **settings,
         **report.counts.to_json(),
         "removed_exact": report.exact,
         "removed_near": report.near,
@@ -166,8 +170,11 @@ def _scan_unit(unit: Unit, text_key: str, ngram: int | None) -> _Scanned:
     signatures = [np.zeros((0, minhash.PERMUTATIONS), np.uint32)]
     comparable = [np.zeros(0, bool)]
     texts: list[str] = []
+    waiting = 0
 
     def sign() -> None:
+        nonlocal waiting
+        waiting = 0
         if ngram is not None and texts:
             signature, has_words = minhash.signatures(texts, ngram)
             signatures.append(signature)
@@ -178,9 +185,11 @@ def _scan_unit(unit: Unit, text_key: str, ngram: int | None) -> _Scanned:
         if not records.saw(document):
             continue
         text = document.record.text
-        digests += xxhash.xxh3_128_digest(text.encode())
+        content = text.encode()
+        digests += xxhash.xxh3_128_digest(content)
         texts.append(text)
-        if len(texts) == BATCH:
+        waiting += len(content)
+        if waiting >= BATCH_BYTES:
             sign()
     sign()
     pairs = np.frombuffer(digests, np.uint64).reshape(-1, 2)

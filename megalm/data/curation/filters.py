@@ -145,7 +145,7 @@ def filter_documents(
                 on_progress("Filtering", done, total)
         ledger.check()
         report = FilterReport(ledger.counts, found, ledger.faults)
-        save_report(directory, _to_json(report, rules))
+        save_report(directory, _to_json(report, inputs, rules))
     return report
 
 
@@ -191,7 +191,7 @@ class _Filterer:
         return result
 
 
-def _to_json(report: FilterReport, rules: Rules) -> dict[str, Any]:
+def _to_json(report: FilterReport, inputs: Sequence[Path], rules: Rules) -> dict[str, Any]:
     by_rule = {
         name: {
             "documents": rule.documents,
@@ -204,6 +204,7 @@ def _to_json(report: FilterReport, rules: Rules) -> dict[str, Any]:
     return {
         "format": "megalm-filter",
         "version": 1,
+        "inputs": list(map(str, inputs)),
         "rules": rules.model_dump(mode="json", exclude_none=True),
         **report.counts.to_json(),
         "removed_by_rule": by_rule,

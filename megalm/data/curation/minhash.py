@@ -7,7 +7,8 @@ J is the Jaccard similarity of the two sets of n-grams. It is estimated by the s
 error of sqrt(J (1 - J) / 128), at most 0.044. Of pairs at the threshold t, 1 - (1 - t**r)**(128 // r) share a bucket;
 `rows_per_band` takes the largest r with which that is RECALL.
 
-In memory: about 60 bytes a document. On disk while it runs: 512 bytes a document, and 8 a band.
+In memory: about 70 bytes a document, and 550 for each that shares a bucket with another. On disk while it runs: 512
+bytes a document, and 8 a band.
 
 Sources: Broder (1997), "On the resemblance and containment of documents"; Lee et al. (2022), "Deduplicating training
 data makes language models better", arXiv:2107.06499 (5-grams, 0.8). Signatures are computed by rensa.
