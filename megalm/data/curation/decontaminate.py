@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from megalm.data.curation.documents import read_documents
+from megalm.data.curation.documents import is_parquet, read_documents, read_rows
 from megalm.data.curation.rules import Breach, Decontaminate
 from megalm.data.curation.words import gram_hashes, require_rensa, words
-from megalm.data.sources import EMPTY, list_files, make_units
+from megalm.data.sources import EMPTY, Piece, list_files, make_units
 from megalm.errors import UserError
+
+TEXT = "text"  # the key that a .txt's text gets; those of others do not matter
 
 
 class _Grams(NamedTuple):
@@ -80,21 +82,29 @@ def _sorted(pairs: list[tuple[np.ndarray, int]]) -> _Grams:
 
 def _examples(files: list[Path]) -> Iterator[tuple[tuple[str, str], str]]:
     """Each text in the records of `files`, with the file and the record's place."""
-    for unit in make_units(list_files(files).files, unit_bytes=1 << 62):
-        for document in read_documents(unit, "text"):
-            record = document.record
-            path = str(record.piece.path)
-            place = f"{path}:{document.number}" if record.line else path
-            if not document.line:
-                if record.problem != EMPTY:
-                    raise UserError(f"{place}: {record.problem}: mend it or leave it out of --decontaminate")
-                continue
-            try:
-                content = orjson.loads(document.line)
-            except orjson.JSONDecodeError:
-                raise UserError(f"{place}: {record.problem}: mend it or leave it out of --decontaminate") from None
-            for text in _texts(content):
-                yield (path, place), text
+    for unit in make_units(list_files(files).files, unit_bytes=1 << 62):  # no file is cut
+        for piece in unit:
+            for number, line in _records(piece):
+                place = f"{piece.path}:{number}" if number else str(piece.path)
+                try:
+                    content = orjson.loads(line)
+                except orjson.JSONDecodeError:
+                    raise UserError(f"{place}: malformed JSON: mend it or leave it out of --decontaminate") from None
+                for text in _texts(content):
+                    yield (str(piece.path), place), text
+
+
+def _records(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """The records of a file as JSON, whatever their keys, and their numbers from 1; 0 for a .txt."""
+    if is_parquet(piece):
+        yield from enumerate(read_rows(piece, TEXT), start=1)
+        return
+    for document in read_documents((piece,), TEXT):
+        record = document.record
+        if document.line:
+            yield document.number if record.line else 0, document.line
+        elif record.problem != EMPTY:
+            raise UserError(f"{piece.path}: {record.problem}: mend it or leave it out of --decontaminate")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,7 +221,8 @@ class _Scan:
         self.ledger = Ledger(limit)
         self._units = units
         self._before: list[list[int]] = []
-        self._documents: list[int] = []
+        self._starts = [0]
+        """The number of each unit's first document, and of all documents at the end."""
         self._digests: list[np.ndarray] = []
         self._comparable: list[np.ndarray] = []
 
@@ -229,7 +231,7 @@ class _Scan:
         done = 0
         for unit, found in zip(self._units, results, strict=True):
             self._before.append(self.ledger.add(unit, found.records))
-            self._documents.append(len(found.digests))
+            self._starts.append(self._starts[-1] + len(found.digests))
             self._digests.append(found.digests)
             if similar:
                 similar.add(found.signatures)
@@ -252,13 +254,11 @@ class _Scan:
         return dict(sorted(found.items()))
 
     def write_tasks(self, removed: np.ndarray, wanted: np.ndarray) -> list[_WriteTask]:
+        """What the second pass does with each unit; both arrays are ascending numbers of documents."""
         tasks = []
-        start = 0
-        for number, (unit, documents) in enumerate(zip(self._units, self._documents, strict=True)):
-            portions = (_portion(array, start, documents) for array in (removed, wanted))
-            tasks.append(_WriteTask(number, unit, documents, *portions))
-            start += documents
-        self._starts = np.cumsum([0, *self._documents]).tolist()
+        for number, (unit, (start, end)) in enumerate(zip(self._units, pairwise(self._starts), strict=True)):
+            portions = (_portion(array, start, end) for array in (removed, wanted))
+            tasks.append(_WriteTask(number, unit, end - start, *portions))
         return tasks
 
     def finish(self, task: _WriteTask, part: _Written, named: dict[int, tuple[str, Any]]) -> None:
@@ -269,9 +269,9 @@ class _Scan:
             named[self._starts[task.number] + document] = name, id_
 
 
-def _portion(numbers: np.ndarray, start: int, count: int) -> np.ndarray:
-    """Those of the ascending `numbers` in [start, start + count), less start."""
-    low, high = np.searchsorted(numbers, [start, start + count])
+def _portion(numbers: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Those of the ascending `numbers` in [start, end), less start."""
+    low, high = np.searchsorted(numbers, [start, end])
     return numbers[low:high] - start
 
 

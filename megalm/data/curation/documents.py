@@ -33,12 +33,16 @@ def read_documents(unit: Unit, text_key: str) -> Iterator[Document]:
     for i, piece in enumerate(unit):
         records = read_unit((piece,), text_key)
         pairs: Iterable[tuple[Record, bytes]]
-        if piece.path.name.endswith(".parquet"):
-            pairs = zip(records, _rows(piece, text_key), strict=True)
+        if is_parquet(piece):
+            pairs = zip(records, read_rows(piece, text_key), strict=True)
         else:
             pairs = ((record, _line(record, text_key)) for record in records)
         for number, (record, line) in enumerate(pairs, start=1):
             yield Document(record, i, number, line)
+
+
+def is_parquet(piece: Piece) -> bool:
+    return piece.path.name.endswith(".parquet")
 
 
 def _line(record: Record, text_key: str) -> bytes:
@@ -47,8 +51,8 @@ def _line(record: Record, text_key: str) -> bytes:
     return b"" if record.problem else orjson.dumps({text_key: record.text})
 
 
-def _rows(piece: Piece, text_key: str) -> Iterator[bytes]:
-    """The piece's rows as JSON objects; its bounds are row groups."""
+def read_rows(piece: Piece, text_key: str) -> Iterator[bytes]:
+    """The rows of a piece of a .parquet as JSON objects; its bounds are row groups. Texts may be bytes."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 

@@ -10,6 +10,7 @@ import pytest
 
 from megalm.data.curation.decontaminate import Contamination
 from megalm.data.curation.rules import Decontaminate
+from megalm.data.sources import SUFFIXES
 from megalm.errors import UserError
 
 QUESTION = "Which of the following rivers flows through the largest number of countries before it reaches the sea"
@@ -89,6 +90,21 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     found = contamination.check(QUESTION[::-1])
     assert found is not None
     assert f"of {tmp_path / 'b.jsonl.gz'}:1: " in found.detail
+
+
+@pytest.mark.skipif(".parquet" not in SUFFIXES, reason="sources reads no .parquet")
+def test_the_columns_of_a_parquet_file_are_looked_into_whatever_their_names(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"question": ["short", QUESTION], "choices": [["a"], ["b", ANSWER]], "n": [1, 2]})
+    parquet.write_table(table, tmp_path / "eval.parquet", row_group_size=1)
+    contamination = Contamination(Decontaminate(files=[str(tmp_path / "eval.parquet")]))
+    assert contamination.examples == 2
+    for text in (QUESTION, ANSWER):
+        found = contamination.check(text)
+        assert found is not None
+        assert f"of {tmp_path / 'eval.parquet'}:2: " in found.detail
 
 
 def test_a_faulty_evaluation_file_is_refused(tmp_path: Path) -> None:
