@@ -4,9 +4,9 @@
     2  which document repeats which, and the first of each stays                  exactly; then, if wanted, nearly
     3  units --workers--> part-K.jsonl, without what is removed
 
-The inputs are read twice, so that no text waits in memory. Step 2 takes about 70 bytes a document, and 240 for each that
-is removed; for near duplicates see `minhash`. Exact means equal text; the digest is xxh3-128, so that two of 10**12
-different documents have the same with probability 10**-15.
+The inputs are read twice, so that no text waits in memory. Step 2 takes about 70 bytes a document, and 240 for each
+that is removed; for near duplicates see `minhash`. Exact means equal text; the digest is xxh3-128, so that two of
+10**12 different documents have the same with probability 10**-15.
 """
 
 from __future__ import annotations
