@@ -17,7 +17,7 @@ $(VENV)/installed: $(SOURCES)
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[plot,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[curation,plot,test]'
 	@touch $@
 
 quickstart: $(VENV)/installed

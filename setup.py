@@ -77,6 +77,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
+        "curation": ["rensa>=0.5", "py3langid>=0.4"],
         "plot": ["matplotlib"],
         "test": [
             "hypothesis",

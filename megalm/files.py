@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,10 +44,11 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def file_checksum(path: Path) -> str:
-    """xxh3-128 of a file's bytes, as hexadecimal."""
+def file_checksum(path: Path, advance: Callable[[int], None] = lambda new: None) -> str:
+    """xxh3-128 of a file's bytes, as hexadecimal. `advance` is told how many more are read."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
+            advance(len(block))
     return digest.hexdigest()

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 import megalm
-from megalm.cli import config, data, evaluate, generate, tokenizer, train
+from megalm.cli import config, curate, data, evaluate, generate, inspect, tokenizer, train
 from megalm.errors import UserError
 
 app = typer.Typer(
@@ -28,6 +28,10 @@ app = typer.Typer(
     help="Pre-trains base language models: from a folder of text to a checkpoint, on any number of devices.",
 )
 app.add_typer(config.app, name="config")
+data.app.command("inspect")(inspect.inspect)
+data.app.command("verify")(inspect.verify)
+data.app.command("dedup")(curate.dedup)
+data.app.command("filter")(curate.filter_)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command("train")(train.train)

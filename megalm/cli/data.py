@@ -57,7 +57,7 @@ def prepare(
             [*inputs, *(more_inputs or [])],
             tokenizer,
             output,
-            workers=workers if workers is not None else _num_cpus(),
+            workers=workers if workers is not None else num_cpus(),
             text_key=text_key,
             limit=limit,
             overwrite=overwrite,
@@ -84,45 +84,6 @@ def prepare(
         typer.echo(f"left alone files of other kinds in the input folders ({show.printable(kinds)})")
 
 
-@app.command()
-def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `megalm data prepare` wrote.")],
-    samples: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 3,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Where the tokenizer is now, if it was moved.", show_default=False),
-    ] = None,
-) -> None:
-    """Show totals, check every file against the manifest, and decode a few documents."""
-    from megalm.cli import show
-    from megalm.data import inspect
-    from megalm.data.manifest import Manifest
-    from megalm.data.tokenizer import load_tokenizer
-
-    manifest = Manifest.load(directory)
-    with show.progress("Checking") as update:
-        inspect.verify(directory, manifest, lambda done, total: update(done, total, f"{done} of {total} shards"))
-    rows = [
-        ("documents", show.number(manifest.documents)),
-        ("text", show.size(manifest.text_bytes)),
-        ("tokens", show.number(manifest.tokens)),
-        ("bytes per token", f"{manifest.text_bytes / max(1, manifest.tokens - manifest.documents):.3f}"),
-        ("tokens per document", f"{manifest.tokens / max(1, manifest.documents):.1f}"),
-        ("shards, all intact", show.number(len(manifest.shards))),
-        ("stored as", manifest.dtype),
-        ("tokenizer", f"{manifest.tokenizer.kind}, {show.number(manifest.tokenizer.vocab_size)} ids"),
-        *((f"skipped, {reason}", show.number(count)) for reason, count in manifest.skipped.items()),
-        ("fingerprint", manifest.fingerprint),
-    ]
-    show.table(str(directory), rows)
-    if samples:
-        decoder = load_tokenizer(tokenizer or manifest.tokenizer.path)
-        for sample in inspect.samples(directory, manifest, decoder, samples):
-            text = sample.text if len(sample.text) <= 400 else sample.text[:400] + " ..."
-            typer.echo(f"\n--- {sample.shard}, document {sample.document}, {show.number(sample.tokens)} tokens")
-            typer.echo(show.printable(text))
-
-
-def _num_cpus() -> int:
+def num_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

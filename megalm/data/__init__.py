@@ -1,6 +1,7 @@
 """Raw text to tokens on disk to deterministic, resumable batches.
 
     text (jsonl, jsonl.gz, txt, folders)
+      -> curation     less repetition, better quality, where wanted: text again
       -> sources      streams of documents, in units of work
       -> tokenizer    ids
       -> prepare      shards written by the C++ builder (Megatron's .bin/.idx) and a manifest.json

@@ -1,19 +1,21 @@
-"""Looks into a prepared directory: are its files what the manifest says, and what do its documents read like?"""
+"""Looks into a prepared directory: what do its documents read like, and what does training make of them?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from megalm.data.dataset import Source
 from megalm.data.indexed import open_shard
+from megalm.data.loader import windows
 from megalm.data.manifest import Manifest
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
-from megalm.files import file_checksum
 
 
-class Sample(NamedTuple):
+class Document(NamedTuple):
     """A decoded document and where it lies."""
 
     shard: str
@@ -22,39 +24,9 @@ class Sample(NamedTuple):
     text: str
 
 
-def verify(
-    directory: Path, manifest: Manifest, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> None:
-    """Reads every file whole and compares it with the manifest; a `UserError` names the damaged ones.
-
-    `on_progress` is told the number of shards done, and of all.
-    """
-    damaged: list[str] = []
-    for done, shard in enumerate(manifest.shards):
-        on_progress(done, len(manifest.shards))
-        try:
-            index, _ = open_shard(directory, manifest, shard)
-            index.verify()
-        except UserError as error:
-            damaged.append(str(error).removesuffix(": prepare the data again"))
-            continue
-        for suffix, checksum in ((".bin", shard.bin_checksum), (".idx", shard.idx_checksum)):
-            path = directory / f"{shard.name}{suffix}"
-            if file_checksum(path) != checksum:
-                damaged.append(f"{path}: altered: its checksum is not the manifest's")
-    on_progress(len(manifest.shards), len(manifest.shards))
-    if damaged:
-        more = f" (and {len(damaged) - 3} more)" if len(damaged) > 3 else ""
-        raise UserError(f"{'; '.join(damaged[:3])}{more}: prepare the data again")
-
-
-def samples(directory: Path, manifest: Manifest, tokenizer: Tokenizer, count: int) -> Iterator[Sample]:
+def documents(directory: Path, manifest: Manifest, tokenizer: Tokenizer, count: int) -> Iterator[Document]:
     """Up to `count` documents, evenly spaced over all of them, decoded by the tokenizer that the manifest names."""
-    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
-        raise UserError(
-            f"{manifest.tokenizer.path}: not the tokenizer that {directory} was prepared with: give that one with "
-            "--tokenizer"
-        )
+    _check(directory, manifest, tokenizer)
     count = min(count, manifest.documents)
     wanted = iter([i * manifest.documents // count for i in range(count)])
     number = next(wanted, None)
@@ -64,6 +36,64 @@ def samples(directory: Path, manifest: Manifest, tokenizer: Tokenizer, count: in
             index, tokens = open_shard(directory, manifest, shard)
             start = int(index.offsets[number - first]) // tokens.itemsize
             ids = tokens[start : start + int(index.lengths[number - first])]
-            yield Sample(shard.name, number - first, len(ids), tokenizer.decode(ids))
+            yield Document(shard.name, number - first, len(ids), tokenizer.decode(ids))
             number = next(wanted, None)
         first += shard.documents
+
+
+class Segment(NamedTuple):
+    """A document's part in a training sample, decoded: `first` of the sample's tokens and how many, and how many of
+    them have their next token in the loss. `ended` if the document's end is in it."""
+
+    first: int
+    tokens: int
+    in_loss: int
+    ended: bool
+    text: str
+
+
+class Sample(NamedTuple):
+    """A training sample: its number, of how many, its first token in the directory, and its documents' parts."""
+
+    number: int
+    of: int
+    first: int
+    segments: list[Segment]
+
+
+def num_samples(manifest: Manifest, length: int) -> int:
+    """Windows of `length` tokens and one label, back to back."""
+    return max(0, (manifest.tokens - 1) // length)
+
+
+def sample(directory: Path, manifest: Manifest, tokenizer: Tokenizer, number: int, length: int) -> Sample:
+    """The `number`-th window of `length` tokens, as training reads one whose attention stays inside of documents.
+
+    A `UserError` says that there is none, or that this is not the tokenizer that the manifest names.
+    """
+    _check(directory, manifest, tokenizer)
+    source = Source(directory.name, directory, tokenizer.fingerprint)
+    count = num_samples(manifest, length)
+    if not 0 <= number < count:
+        has = f"samples 0 to {count - 1}" if count > 0 else "no sample"
+        raise UserError(
+            f"--sample {number}: the {source.tokens} tokens of {directory} make {has} of --sequence-length {length}: "
+            "choose another, or a shorter length"
+        )
+    first = number * length
+    (batch,) = windows(source, 0, first, 1, length, 1, tokenizer.eod, document_attention=True)
+    segments = []
+    for start, end in pairwise(batch.segments.tolist()):
+        ids = batch.tokens_T[start:end]
+        in_loss = int(batch.loss_mask_T[start:end].sum())
+        ended = bool(ids[-1] == tokenizer.eod)
+        segments.append(Segment(start, end - start, in_loss, ended, tokenizer.decode(ids[: len(ids) - ended])))
+    return Sample(number, count, first, segments)
+
+
+def _check(directory: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
+        raise UserError(
+            f"{manifest.tokenizer.path}: not the tokenizer that {directory} was prepared with: give that one with "
+            "--tokenizer"
+        )

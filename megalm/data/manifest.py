@@ -74,7 +74,7 @@ class Manifest:
         """xxh3-128 of the manifest's canonical JSON, less the tokenizer's path: moving a file does not change data."""
         content = self.to_json()
         del content["tokenizer"]["path"]
-        return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+        return _digest(content)
 
     def to_json(self) -> dict[str, Any]:
         """What the file holds."""
@@ -88,8 +88,10 @@ class Manifest:
         }
 
     def save(self, directory: Path) -> None:
-        """Writes `directory/manifest.json` in one indivisible step."""
-        text = json.dumps(self.to_json(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        """Writes `directory/manifest.json` in one indivisible step, with a checksum of its own."""
+        content = self.to_json()
+        content["checksum"] = _checksum(content)
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         write_atomic(directory / NAME, text.encode())
 
     @classmethod
@@ -135,7 +137,20 @@ class Manifest:
         for total in ("documents", "tokens", "text_bytes"):
             if content[total] != getattr(manifest, total):
                 raise ValueError(f"{total} is not the sum over the shards")
+        # Last, as it says least of what is wrong. What others write, or older versions wrote, has no checksum.
+        if "checksum" in content and content["checksum"] != _checksum(content):
+            raise ValueError("its checksum is not that of what it says")
         return manifest
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """The digest of all else in a manifest."""
+    return _digest({key: value for key, value in content.items() if key != "checksum"})
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """xxh3-128 of canonical JSON."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _typed(kind: type, fields: dict[str, Any]) -> Any:

@@ -52,6 +52,8 @@ class Record(NamedTuple):
     """From 1 at the piece's start; 0 in a .txt."""
     disk_bytes: int
     """How far reading has come since the record before."""
+    raw: bytes = b""
+    """The line as it stands in the file, if it came from one."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _read_lines(file: Iterable[bytes], piece: Piece, text_key: str, position: in
             line = line.removeprefix(BOM)
         if not line.isspace() and line:
             text, problem = _parse(line, text_key)
-            yield Record(text, problem, piece, number, pending)
+            yield Record(text, problem, piece, number, pending, line)
             pending = 0
 
 

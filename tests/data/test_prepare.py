@@ -1,4 +1,4 @@
-"""`megalm data prepare` and `inspect`, through the command line."""
+"""`megalm data prepare`, through the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ import pytest
 
 from megalm.cli import main
 from megalm.data.indexed import open_shard
-from megalm.data.inspect import samples
 from megalm.data.manifest import Manifest
 from megalm.data.prepare import SkipLimit, prepare
 from megalm.data.tokenizer import load_tokenizer
@@ -112,7 +111,7 @@ def test_every_document_is_there_once_and_the_manifest_counts_them(
     shown = capsys.readouterr().out
     for value in (f"{manifest.documents:,}", f"{manifest.tokens:,}"):
         assert value in shown
-    assert run("inspect", tmp_path / "out", "--samples", 40) == 0
+    assert run("inspect", tmp_path / "out", "--documents", 40) == 0
     shown = capsys.readouterr().out
     assert manifest.fingerprint in shown
     assert all(text in shown for text in corpus)
@@ -445,79 +444,3 @@ print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.endswith("False\n")
-
-
-# --- inspect
-
-
-@pytest.fixture
-def prepared(tmp_path: Path, corpus: list[str]) -> Path:
-    prepare([tmp_path / "in"], "byte", tmp_path / "out", unit_bytes=1000)
-    return tmp_path / "out"
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda d: flip(d / "shard-00001.bin"), "shard-00001.bin: altered: its checksum is not the manifest's"),
-        (lambda d: flip(d / "shard-00001.idx"), "shard-00001.idx: damaged: its documents do not cover"),
-        (lambda d: (d / "shard-00001.bin").unlink(), "shard-00001.bin: the file is missing"),
-        (lambda d: (d / "shard-00001.idx").unlink(), "shard-00001.idx: the file is missing"),
-        (lambda d: os.truncate(d / "shard-00001.bin", 5), "shard-00001.bin: too short"),
-        (lambda d: os.truncate(d / "shard-00001.idx", 5), "shard-00001.idx: corrupt index"),
-        (lambda d: shutil.copy(d / "shard-00000.idx", d / "shard-00001.idx"), "shard-00001.idx"),
-        (lambda d: (d / "manifest.json").unlink(), "no manifest.json inside"),
-    ],
-)
-def test_inspect_names_the_damaged_file(
-    prepared: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], reason: str
-) -> None:
-    damage(prepared)
-    assert reason in refused(capsys, "inspect", prepared)
-
-
-def test_inspect_names_every_damaged_file_up_to_three(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in prepared.glob("*.bin"):
-        flip(path)
-    count = len(list(prepared.glob("*.bin")))
-    assert count > 3
-    message = refused(capsys, "inspect", prepared)
-    assert message.count("altered") == 3
-    assert f"(and {count - 3} more): prepare the data again" in message
-
-
-def test_samples_are_spread_evenly_and_read_as_they_lie(prepared: Path, corpus: list[str]) -> None:
-    manifest = Manifest.load(prepared)
-    in_order = documents(prepared)
-    for count in (0, 1, 3, 39, 40, 100):
-        found = [sample.text for sample in samples(prepared, manifest, load_tokenizer("byte"), count)]
-        wanted = min(count, 40)
-        assert found == [in_order[i * 40 // wanted] for i in range(wanted)]
-
-
-def test_inspect_spells_out_what_would_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder(a_txt=b"\x1b[31mred\x07")(tmp_path)
-    assert run(*arguments(tmp_path)) == 0
-    assert run("inspect", tmp_path / "out") == 0
-    assert "\\x1b[31mred\\x07" in capsys.readouterr().out
-
-
-def test_inspect_finds_a_tokenizer_that_was_moved_and_refuses_another(
-    tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, size in (("tokenizer", 290), ("other", 300)):
-        train_tokenizer("bpe", size, [tmp_path / "in"], tmp_path / name)
-    prepare([tmp_path / "in"], str(tmp_path / "tokenizer"), tmp_path / "out")
-    (tmp_path / "tokenizer").rename(tmp_path / "moved")
-    assert run("inspect", tmp_path / "out", "--samples", 0) == 0
-    assert run("inspect", tmp_path / "out", "--tokenizer", tmp_path / "moved") == 0
-    capsys.readouterr()
-    for options in ([], ["--tokenizer", tmp_path / "other"]):
-        assert run("inspect", tmp_path / "out", *options) == 2
-        assert capsys.readouterr().err.count("\n") == 1
