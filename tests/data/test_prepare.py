@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +18,7 @@ from megalm.cli import main
 from megalm.data.indexed import open_shard
 from megalm.data.inspect import samples
 from megalm.data.manifest import Manifest
-from megalm.data.prepare import SkipLimit, prepare
+from megalm.data.prepare import Settings, SkipLimit, prepare
 from megalm.data.tokenizer import load_tokenizer
 from megalm.data.train_tokenizer import train_tokenizer
 from megalm.errors import UserError
@@ -122,7 +117,7 @@ def test_the_output_does_not_depend_on_the_number_of_workers(tmp_path: Path, cor
     outputs = []
     for workers in (1, 2, 3):
         output = tmp_path / f"out-{workers}"
-        report = prepare([tmp_path / "in"], "byte", output, workers=workers, unit_bytes=400)
+        report = prepare([tmp_path / "in"], "byte", output, workers=workers, settings=Settings(unit_bytes=400))
         assert len(report.manifest.shards) > 3
         outputs.append(content(output))
     assert outputs[0] == outputs[1] == outputs[2]
@@ -151,7 +146,7 @@ def test_a_unit_without_documents_makes_no_shard(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name, text in (("a", "one"), ("b", ""), ("c", "three")):
         (tmp_path / "in" / f"{name}.txt").write_text(text)
-    report = prepare([tmp_path / "in"], "byte", tmp_path / "out", unit_bytes=1)
+    report = prepare([tmp_path / "in"], "byte", tmp_path / "out", settings=Settings(unit_bytes=1))
     assert [shard.name for shard in report.manifest.shards] == ["shard-00000", "shard-00002"]
     assert sorted(documents(tmp_path / "out")) == ["one", "three"]
     assert "shard-00001.bin" not in os.listdir(tmp_path / "out")
@@ -194,7 +189,7 @@ def test_faulty_records_are_counted_by_reason_shown_and_left_out(
         ("0.05", True),
     ],
 )
-def test_faulty_records_beyond_the_limit_end_in_one_line_and_leave_nothing(
+def test_faulty_records_beyond_the_limit_end_in_one_line_and_make_no_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str | None, passes: bool, workers: int
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -208,7 +203,10 @@ def test_faulty_records_beyond_the_limit_end_in_one_line_and_leave_nothing(
     assert "5 of 101 records are faulty" in message
     assert "malformed JSON: 1" in message
     assert "a.jsonl:96: malformed JSON" in message
-    assert os.listdir(tmp_path) == ["in"]
+    assert f"(1 of 1 units are kept in {tmp_path}/.out.work: the same command, run again, goes on there)" in message
+    assert sorted(os.listdir(tmp_path)) == [".out.work", "in"]
+    assert run(*arguments(tmp_path, "--max-skipped", 5)) == 0
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
 def test_the_default_limit_is_one_percent_and_never_below_ten() -> None:
@@ -235,8 +233,8 @@ def folder(**files: bytes) -> Callable[[Path], None]:
     ("make", "options", "reason"),
     [
         (lambda tmp_path: None, [], "in: no such file or folder"),
-        (folder(), [], "in: no .jsonl, .jsonl.gz, .txt file in this folder"),
-        (folder(a_pdf=b"x"), [], "in: no .jsonl, .jsonl.gz, .txt file in this folder"),
+        (folder(), [], "in: no .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt file in this folder"),
+        (folder(a_pdf=b"x"), [], "in: no .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt file in this folder"),
         (folder(a_jsonl=b""), [], "--input: the corpus is empty"),
         (
             folder(a_jsonl=b'{"text": ""}\n', b_txt=b"\n"),
@@ -295,7 +293,7 @@ def test_a_replacement_that_fails_leaves_what_was_there(
     first = content(tmp_path / "out")
     refused(capsys, *arguments(tmp_path, "--overwrite", "--text-key", "nope"))
     assert content(tmp_path / "out") == first
-    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    assert sorted(os.listdir(tmp_path)) == [".out.work", "in", "out"]
 
 
 def test_files_of_others_are_never_replaced(
@@ -345,94 +343,8 @@ if __name__ == "__main__":
     )
     done = subprocess.run(full, capture_output=True, text=True, timeout=100, check=False)
     reason = "No space left on device" if may_mount else "File too large"
-    assert done.stderr == f"megalm: error: --output {output}: {reason}: nothing was written: free some space\n"
+    assert done.stderr == f"megalm: error: --output {output}: {reason}: free some space\n"
     assert (done.returncode, done.stdout) == (2, "[]\n")
-
-
-def large_corpus(tmp_path: Path) -> None:
-    """Text that takes seconds to encode, in several units."""
-    (tmp_path / "in").mkdir()
-    words = " ".join(f"word{i * 7919 % 10007}" for i in range(20_000))
-    for i in range(8):
-        write_lines(tmp_path / "in" / f"{i}.jsonl", [f"{i} {words}"] * 20)
-    train_tokenizer("bpe", 300, [tmp_path / "in" / "0.jsonl"], tmp_path / "tokenizer")
-
-
-def start(tmp_path: Path) -> subprocess.Popen[bytes]:
-    """The command with two workers, in a process group of its own, once it is writing."""
-    large_corpus(tmp_path)
-    command = ["-c", "import sys; from megalm.cli import main; sys.exit(main())", "data", "prepare", "--workers", "2"]
-    paths = ["--input", tmp_path / "in", "--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "out"]
-    process = subprocess.Popen(
-        [sys.executable, *command, *map(str, paths)], stderr=subprocess.PIPE, start_new_session=True
-    )
-    wait_until_writing(tmp_path)
-    return process
-
-
-def wait_until_writing(tmp_path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.tmp-*/.shard-*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def alive(group: int) -> list[str]:
-    """The processes of a group that still run."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(process_group) == group and state != "Z":
-                found.append(stat.parent.name)
-    return found
-
-
-def test_a_worker_that_is_killed_ends_the_command_and_leaves_nothing(tmp_path: Path) -> None:
-    large_corpus(tmp_path)
-    failures: list[UserError] = []
-
-    def command() -> None:
-        try:
-            prepare([tmp_path / "in"], str(tmp_path / "tokenizer"), tmp_path / "out", workers=2, unit_bytes=1 << 20)
-        except UserError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=command)
-    thread.start()
-    wait_until_writing(tmp_path)
-    victim = multiprocessing.active_children()[0]
-    assert victim.pid is not None
-    os.kill(victim.pid, signal.SIGKILL)
-    thread.join(60)
-    assert not thread.is_alive()
-    (failure,) = failures
-    assert "a worker process was killed by SIGKILL: nothing was written" in str(failure)
-    assert multiprocessing.active_children() == []
-    assert sorted(os.listdir(tmp_path)) == ["in", "tokenizer"]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_command_that_is_told_to_stop_leaves_nothing_and_nobody(
-    tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    process = start(tmp_path)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert b"Traceback" not in errors
-    assert process.returncode == code
-    assert sorted(os.listdir(tmp_path)) == ["in", "tokenizer"]
-    assert alive(process.pid) == []
-
-
-def test_workers_end_when_the_command_is_killed(tmp_path: Path) -> None:
-    process = start(tmp_path)
-    process.kill()
-    process.communicate(timeout=60)
-    deadline = time.monotonic() + 60
-    while alive(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert alive(process.pid) == []
 
 
 def test_preparing_does_not_import_torch(tmp_path: Path, corpus: list[str]) -> None:
@@ -452,7 +364,7 @@ print("torch" in sys.modules)
 
 @pytest.fixture
 def prepared(tmp_path: Path, corpus: list[str]) -> Path:
-    prepare([tmp_path / "in"], "byte", tmp_path / "out", unit_bytes=1000)
+    prepare([tmp_path / "in"], "byte", tmp_path / "out", settings=Settings(unit_bytes=1000))
     return tmp_path / "out"
 
 

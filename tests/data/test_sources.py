@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.data.sources import Piece, Record, list_files, make_units, read_unit, where
+from megalm.data.sources import File, Piece, Record, Unit, list_files, make_units, read_unit, where
 from megalm.errors import UserError
 
 
@@ -17,8 +17,16 @@ def lines(*texts: str) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
+def units_of(files: Sequence[Path], unit_bytes: int = 1 << 20) -> list[Unit]:
+    return make_units([File(path, "in") for path in files], unit_bytes)
+
+
 def read(files: Sequence[Path], unit_bytes: int = 1 << 20, key: str = "text") -> list[Record]:
-    return [record for unit in make_units(files, unit_bytes) for record in read_unit(unit, key)]
+    return [record for unit in units_of(files, unit_bytes) for record in read_unit(unit, key)]
+
+
+def place(record: Record) -> str:
+    return where(record.piece.path, record.piece.start, record.line)
 
 
 def texts(files: Sequence[Path], unit_bytes: int = 1 << 20) -> list[str]:
@@ -52,7 +60,7 @@ def test_records_and_their_line_numbers_do_not_depend_on_how_files_are_cut(
                     text = None
                 expected.append((f"{files[-1]}:{number}", text if isinstance(text, str) else ""))
     records = read(files, unit_bytes)
-    assert [(where(r.piece, r.line), r.text) for r in records] == expected
+    assert [(place(r), r.text) for r in records] == expected
     blank_at_the_end = 2 + sum(len(line) for content in contents for line in content if not line.strip())
     read_bytes, whole_bytes = sum(r.disk_bytes for r in records), sum(file.stat().st_size for file in files)
     assert whole_bytes - blank_at_the_end <= read_bytes <= whole_bytes
@@ -62,7 +70,7 @@ def test_units_are_about_as_large_as_asked_whatever_the_files(tmp_path: Path) ->
     sizes = {"a.jsonl": 2500, "b.txt": 10, "c.txt": 3000, "d.jsonl": 700, "e.jsonl.gz": 400, "f.txt": 0, "g.txt": 100}
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(b"x" * size)
-    units = make_units([tmp_path / name for name in sizes], 1000)
+    units = units_of([tmp_path / name for name in sizes], 1000)
     assert [[(piece.path.name, piece.start, piece.end) for piece in unit] for unit in units] == [
         [("a.jsonl", 0, 1000)],
         [("a.jsonl", 1000, 2000)],
@@ -122,7 +130,7 @@ def test_a_line_without_a_text_has_its_reason(tmp_path: Path, line: bytes, probl
     (tmp_path / "a.jsonl").write_bytes(lines("before") + line + b"\n" + lines("after"))
     records = read([tmp_path / "a.jsonl"])
     assert [record.problem for record in records] == ["", problem, ""]
-    assert where(records[1].piece, records[1].line) == f"{tmp_path}/a.jsonl:2"
+    assert place(records[1]) == f"{tmp_path}/a.jsonl:2"
 
 
 @pytest.mark.parametrize(("content", "problem"), [(b"", "empty"), (b" \n", "empty"), (b"a\xffb", "invalid UTF-8")])
@@ -130,21 +138,22 @@ def test_a_text_file_without_a_text_has_its_reason(tmp_path: Path, content: byte
     (tmp_path / "a.txt").write_bytes(content)
     (record,) = read([tmp_path / "a.txt"])
     assert (record.text, record.problem) == ("", problem)
-    assert where(record.piece, record.line) == f"{tmp_path}/a.txt"
+    assert place(record) == f"{tmp_path}/a.txt"
 
 
 def test_a_folder_is_read_in_full_sorted_and_tells_what_it_leaves_alone(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "b/10.txt", "a.jsonl", "b.jsonl.gz", "b/x.parquet", "README", "c/y.parquet", ".hidden.txt"):
+    for name in ("b/2.txt", "b/10.txt", "a.jsonl", "b.jsonl.gz", "b/x.json", "README", "c/y.json", ".hidden.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     listing = list_files([tmp_path])
-    assert [str(path.relative_to(tmp_path)) for path in listing.files] == [
+    assert {file.source for file in listing.files} == {str(tmp_path)}
+    assert [str(file.path.relative_to(tmp_path)) for file in listing.files] == [
         "a.jsonl",
         "b/10.txt",
         "b/2.txt",
         "b.jsonl.gz",
     ]
-    assert listing.ignored == {".parquet": 2, "no suffix": 1}
+    assert listing.ignored == {".json": 2, "no suffix": 1}
 
 
 def test_the_order_in_which_inputs_are_named_does_not_matter(tmp_path: Path) -> None:
@@ -161,7 +170,7 @@ def test_inputs_that_cannot_be_are_refused_by_name(tmp_path: Path) -> None:
     for inputs, reason in (
         ([], "nothing given"),
         ([tmp_path / "nowhere"], "nowhere: no such file or folder"),
-        ([tmp_path / "empty"], "empty: no .jsonl, .jsonl.gz, .txt file in this folder"),
+        ([tmp_path / "empty"], "empty: no .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt file in this folder"),
         ([tmp_path / "a.pdf"], r"a\.pdf: not a text file that megalm reads"),
         ([tmp_path, tmp_path / "a.txt"], r"a\.txt: given twice"),
     ):
@@ -174,7 +183,8 @@ def test_a_line_belongs_to_the_piece_that_it_starts_in(tmp_path: Path) -> None:
     path.write_bytes(lines("a", "b" * 100, "c"))
     second = len(lines("a"))
     for cut in range(1, path.stat().st_size):
-        pieces = [Piece(path, 0, cut), Piece(path, cut, path.stat().st_size)]
+        size = path.stat().st_size
+        pieces = [Piece(path, a, b, b - a, b - a, "in") for a, b in ((0, cut), (cut, size))]
         first, rest = ([r.text for r in read_unit((piece,), "text")] for piece in pieces)
         assert [*first, *rest] == ["a", "b" * 100, "c"]
         assert ("b" * 100 in first) == (cut > second)
