@@ -39,7 +39,10 @@ def table(title: str, rows: Iterable[Sequence[str]], header: Sequence[str] = (""
         grid.add_column(name, justify="right")
     for row in rows:
         grid.add_row(*map(Text, row))
-    Console().print(grid)
+    console = Console()
+    if not console.is_terminal:  # nothing is cut to a width that a file does not have
+        console.width = 1000
+    console.print(grid)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
@@ -216,12 +216,7 @@ def _read_compressed(piece: Piece, text_key: str) -> Iterator[Record]:
 
     is_gzip = piece.path.name.endswith(".gz")
     with piece.path.open("rb") as packed:
-        if is_gzip:
-            file: io.BufferedIOBase = gzip.GzipFile(fileobj=packed)
-        else:  # as large a window as `zstd --long=31` makes, which large public dumps are written with
-            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-            reader = unpacker.stream_reader(packed, read_size=1 << 20, read_across_frames=True)
-            file = io.BufferedReader(reader, 1 << 20)
+        file = gzip.GzipFile(fileobj=packed) if is_gzip else io.BufferedReader(_Zstandard(packed), 1 << 20)
         done = 0
         try:
             for record in _read_lines(file, piece, text_key, None):
@@ -231,6 +226,41 @@ def _read_compressed(piece: Piece, text_key: str) -> Iterator[Record]:
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
             kind = "gzip" if is_gzip else "zstandard"
             raise UserError(f"{piece.path}: damaged {kind} file ({error}): mend it or leave it out") from None
+
+
+class _Zstandard(io.RawIOBase):
+    """The frames of a zstandard file, unpacked. EOFError if the last is cut short, which zstandard's own reader takes
+    for the end."""
+
+    def __init__(self, packed: BinaryIO) -> None:
+        import zstandard
+
+        self._packed = packed
+        # As large a window as `zstd --long=31` makes, which large public dumps are written with.
+        self._unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame: Any = None
+        self._pending = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = self._pending or self._packed.read(1 << 15)
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self._frame = self._frame or self._unpacker.decompressobj()
+            self._ready = memoryview(self._frame.decompress(block))
+            self._pending = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
 
 
 def _read_lines(file: Iterable[bytes], piece: Piece, text_key: str, position: int | None) -> Iterator[Record]:

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from megalm.cli import main
 from megalm.data.indexed import open_shard
@@ -133,6 +136,72 @@ def test_several_inputs_may_follow_one_option_or_have_one_each(tmp_path: Path, c
     )
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert sorted(documents(tmp_path / "one")) == sorted(corpus[:30] + corpus[38:])
+
+
+def test_every_kind_of_file_gives_the_same_shards(tmp_path: Path, corpus: list[str]) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in corpus).encode()
+    table = pyarrow.table({"text": corpus})
+    outputs = []
+    for name, content_of in (
+        ("a.jsonl", lines),
+        ("a.jsonl.gz", gzip.compress(lines)),
+        ("a.jsonl.zst", zstandard.ZstdCompressor().compress(lines)),
+        ("a.parquet", b""),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content_of)
+        if not content_of:
+            pyarrow.parquet.write_table(table, path, row_group_size=7)
+        output = tmp_path / f"out-{name}"
+        prepare([path], "byte", output)
+        outputs.append({file: data for file, data in content(output).items() if file != "preparation.json"})
+        train_tokenizer("bpe", 290, [path], tmp_path / f"tokenizer-{name}")
+        outputs[-1] |= content(tmp_path / f"tokenizer-{name}")
+    assert all(output == outputs[0] for output in outputs)
+    assert len(outputs[0]) == 5
+
+
+def test_the_report_counts_by_input_and_is_kept(
+    tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(tmp_path / "more.jsonl", ["one", "", "two"], (b"{",))
+    paths = [tmp_path / "in", tmp_path / "more.jsonl"]
+    assert run("prepare", "--input", *paths, "--tokenizer", "byte", "--output", tmp_path / "out") == 0
+    kept = json.loads((tmp_path / "out" / "preparation.json").read_text())["sources"]
+    text_bytes = sum(len(text.encode()) for text in corpus)
+    assert kept == {
+        str(tmp_path / "in"): {
+            "records": 40,
+            "documents": 40,
+            "text_bytes": text_bytes,
+            "tokens": text_bytes + 40,
+            "skipped": {},
+        },
+        str(tmp_path / "more.jsonl"): {
+            "records": 4,
+            "documents": 2,
+            "text_bytes": 6,
+            "tokens": 8,
+            "skipped": {"empty": 1, "malformed JSON": 1},
+        },
+    }
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "source documents text tokens bytes per token skipped" in shown
+    assert "more.jsonl 2 6 B 8 1.000 2" in shown
+
+
+def test_documents_without_an_end_are_told_apart_by_the_index_alone(tmp_path: Path, corpus: list[str]) -> None:
+    report = prepare([tmp_path / "in"], "byte", tmp_path / "out", Settings(append_eod=False, shuffle=False))
+    assert report.manifest is not None
+    (shard,) = report.manifest.shards
+    index, tokens = open_shard(tmp_path / "out", report.manifest, shard)
+    ends = np.cumsum(index.lengths)
+    found = [
+        bytes(tokens[end - length : end].astype(np.uint8)).decode()
+        for end, length in zip(ends, index.lengths, strict=True)
+    ]
+    in_order = [*corpus[:30], corpus[38], corpus[39], *corpus[30:38]]
+    assert found == in_order
 
 
 def test_the_text_may_be_under_another_key(tmp_path: Path) -> None:

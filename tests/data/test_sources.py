@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,6 +113,112 @@ def test_a_damaged_gzip_file_is_an_error_that_names_it(tmp_path: Path, damage: s
     path.write_bytes({"cut": content[:-20], "altered": content, "no gzip": lines("plain")}[damage])
     with pytest.raises(UserError, match=r"a\.jsonl\.gz: damaged gzip file"):
         read([path])
+
+
+def test_zstandard_files_of_one_or_several_frames_are_read(tmp_path: Path) -> None:
+    whole = zstandard.ZstdCompressor().compress(lines("one", "two"))
+    chunked = zstandard.ZstdCompressor().compressobj()  # a frame that does not tell its size
+    (tmp_path / "a.jsonl.zst").write_bytes(whole + chunked.compress(lines("three")) + chunked.flush())
+    records = read([tmp_path / "a.jsonl.zst"])
+    assert [record.text for record in records] == ["one", "two", "three"]
+    assert sum(record.disk_bytes for record in records) == (tmp_path / "a.jsonl.zst").stat().st_size
+
+
+def test_a_zstandard_file_with_the_largest_window_is_read(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(lines("one")) + packer.flush())
+    assert texts([tmp_path / "a.jsonl.zst"]) == ["one"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "no zstandard"])
+def test_a_damaged_zstandard_file_is_an_error_that_names_it(tmp_path: Path, damage: str) -> None:
+    content = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(lines(*map(str, range(1000)))))
+    path = tmp_path / "a.jsonl.zst"
+    if damage == "altered":
+        content[len(content) // 2] ^= 0xFF
+    path.write_bytes({"cut": content[:-20], "altered": content, "no zstandard": lines("plain")}[damage])
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst: damaged zstandard file"):
+        read([path])
+
+
+def write_parquet(path: Path, column: pyarrow.Array, key: str = "text", rows: int = 3) -> Path:
+    table = pyarrow.table({"number": list(range(len(column))), key: column})
+    pyarrow.parquet.write_table(table, path, row_group_size=rows)
+    return path
+
+
+PARQUET_TYPES = [
+    pyarrow.string(),
+    pyarrow.large_string(),
+    pyarrow.binary(),
+    pyarrow.large_binary(),
+    pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+]
+
+
+@pytest.mark.parametrize("kind", PARQUET_TYPES, ids=str)
+def test_a_parquet_column_is_read_as_the_same_lines_would_be(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    values = ["one", "", "zwei é", None, "三 😀", " \n", *map(str, range(7))]
+    column = pyarrow.array(values, pyarrow.string())
+    column = column.dictionary_encode() if pyarrow.types.is_dictionary(kind) else column.cast(kind)
+    path = write_parquet(tmp_path / "a.parquet", column)
+    (tmp_path / "a.jsonl").write_bytes(b"".join(json.dumps({"text": v}).encode() + b"\n" for v in values))
+    for unit_bytes in (1, 1000, 1 << 20):
+        records = read([path], unit_bytes)
+        assert [(r.text, r.problem) for r in records] == [(r.text, r.problem) for r in read([tmp_path / "a.jsonl"])]
+        assert [place(r) for r in records] == [f"{path}: row {i}" for i in range(1, len(values) + 1)]
+        pieces = [piece for unit in units_of([path], unit_bytes) for piece in unit]
+        assert sum(record.disk_bytes for record in records) == sum(piece.disk_bytes for piece in pieces)
+
+
+def test_row_groups_are_the_units_of_a_large_parquet_file(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", pyarrow.array([str(i) * 1000 for i in range(8)]), rows=2)
+    size = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).total_byte_size
+    for unit_bytes, expected in (
+        (1, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+        (2 * size, [(0, 2), (2, 4)]),
+        (1 << 20, [(0, 4)]),
+    ):
+        units = units_of([path], unit_bytes)
+        assert [[(piece.start, piece.end) for piece in unit] for unit in units] == [[pair] for pair in expected]
+
+
+def test_text_in_parquet_that_is_no_utf8_has_its_reason(tmp_path: Path) -> None:
+    column = pyarrow.array([b"good", b"b\xffd"]).view(pyarrow.string())
+    records = read([write_parquet(tmp_path / "a.parquet", column)])
+    assert [(record.text, record.problem) for record in records] == [("good", ""), ("", "invalid UTF-8")]
+
+
+def test_an_empty_parquet_file_has_no_record(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", pyarrow.array([], pyarrow.string()))
+    assert len(units_of([path])) == 1
+    assert read([path]) == []
+
+
+def test_parquet_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet", pyarrow.array(["x" * 1000] * 9))
+    with pytest.raises(UserError, match=r"a\.parquet: no column 'body': its columns are number, text: give --text-key"):
+        read([path], key="body")
+    with pytest.raises(
+        UserError, match=r"a\.parquet: column 'number' holds int64 and no text: give another --text-key"
+    ):
+        read([path], key="number")
+    content = path.read_bytes()
+    for damaged in (content[:-5], b"", b"PAR1 no parquet PAR1", b"\xff" * 300 + content[300:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"a\.parquet: damaged parquet file \(.+\): mend it or leave it out"):
+            read([path])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"a\.parquet: reading \.parquet files needs pyarrow: install it with"):
+        units_of([path])
+
+
+def test_a_json_file_is_lines_where_it_is_named_and_nothing_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(lines("one", "two"))
+    (tmp_path / "b.jsonl").write_bytes(lines("three"))
+    assert texts([file.path for file in list_files([tmp_path / "a.json"]).files], unit_bytes=5) == ["one", "two"]
+    assert texts([file.path for file in list_files([tmp_path]).files]) == ["three"]
 
 
 @pytest.mark.parametrize(
