@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megalm._indexed_dataset import Writer
-from megalm.cli import fail, show
+from megalm.cli import exit_code, show
 from megalm.cli.data import num_cpus, show_report
 from megalm.data.indexed import open_shard
 from megalm.data.manifest import Manifest
@@ -33,15 +33,13 @@ DOCUMENTS = 1 << 14  # copied at a time
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code; a mistake is a line on stderr."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def preprocess() -> None:
         tokenizer = TOKENIZERS[options.tokenizer_type](options)
         for key in options.json_keys:
             _preprocess(options, tokenizer, key)
-    except UserError as error:
-        return fail(str(error))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return exit_code(preprocess)
 
 
 def _parser() -> argparse.ArgumentParser:
