@@ -24,6 +24,7 @@ def new_directory(path: Path, owned: re.Pattern[str], overwrite: bool) -> Iterat
     replaced; nothing else is ever removed. Everything else is a `UserError` that names it.
     """
     final = Path(os.path.realpath(path))
+    recover(final)
     check_output(path, owned, overwrite)
     made = make_parents(final.parent)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
@@ -75,6 +76,7 @@ def remove_empty(directories: Iterable[Path]) -> None:
 
 def put_in_place(new: Path, final: Path) -> None:
     """Renames `new` to `final`; what was there is replaced. If this is killed in between, `recover` mends it."""
+    recover(final)
     old = _old(final)
     if final.exists():
         final.rename(old)

@@ -25,8 +25,9 @@ from megalm.data.tokenizer import Encoded, HuggingFaceTokenizer, SentencePieceTo
 from megalm.errors import UserError
 
 ENGINES = ("auto", "reference", "gigatoken")
-MEMORY = 320 << 20  # resident bytes above which gigatoken's caches, which only grow, are dropped
-RELOAD_BYTES = 32 << 20  # and text that must lie between, so that something else that is large costs little
+# gigatoken's caches only grow, on unusual text by thirty bytes a byte: they are dropped when the process has grown by
+GROWTH = 144 << 20
+RELOAD_BYTES = 4 << 20  # and not before this much text, because something else may be large
 
 ADVERSARIAL = (
     "日本語のテキスト、中文字符，한국어 문장입니다。",
@@ -90,16 +91,17 @@ def open_engine(name: str, tokenizer: Tokenizer) -> Encoder:
 class GigatokenEncoder:
     """Encodes as `tokenizer` does, with gigatoken; `Unsupported` says why it cannot."""
 
-    batch_bytes = 4 << 20
+    batch_bytes = 2 << 20
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._load = _loader(tokenizer)
         self._backend = _tried(self._load)
+        self._limit = _resident_bytes() + GROWTH
         self._since_load = 0
 
     def encode_documents(self, documents: list[bytes]) -> Encoded:
-        if self._since_load > RELOAD_BYTES and _resident_bytes() > MEMORY:
+        if self._since_load > RELOAD_BYTES and _resident_bytes() > self._limit:
             self._backend = None  # first, so that both are never there
             self._backend = self._load()
             self._since_load = 0

@@ -2,7 +2,8 @@
 
 Documents are shuffled by block of about 64 MB of text (a whole unit, but for large compressed files), so that
 neighbours in a file, often of one site or one repository, do not stay neighbours. What is in memory is a block of text,
-as UTF-8, and a batch of tokens. The result follows from the unit, its number, the job and the tokenizer alone.
+as UTF-8, and a batch of tokens; and a document that is larger than both, a few times over. The result follows from the
+unit, its number, the job and the tokenizer alone.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class WorkDirectory:
         _remove_others(self.data, files)
         sync_directory(self.data)
         put_in_place(self.data, self.output)
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._discard()
 
     def _record(self, number: int) -> Path:
         return self._units / f"{number:05d}.json"
@@ -134,9 +134,9 @@ class WorkDirectory:
 
     def _started(self) -> Lock:
         while True:
-            for directory in (self.root, self.data, self._units):
-                directory.mkdir(exist_ok=True)
             with suppress(FileNotFoundError):  # another command was at its end and removed the directory
+                for directory in (self.root, self.data, self._units):
+                    directory.mkdir(exist_ok=True)
                 start = lock(self.root / "start.lock")
                 assert start is not None
                 return start
@@ -173,8 +173,15 @@ class WorkDirectory:
         with suppress(FileNotFoundError), self.ending() as is_done:
             is_last = use.is_in_place() and use.change(shared=False)
             if is_last and (is_done or not self._is_worth_keeping()):
-                shutil.rmtree(self.root, ignore_errors=True)
+                self._discard()
         use.release()
+
+    def _discard(self) -> None:
+        """Removes the directory: renamed first, so that who starts now makes a new one."""
+        trash = self.output.with_name(f".{self.output.name}.trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        self.root.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
     def _is_worth_keeping(self) -> bool:
         """Whether there is a finished unit, of this plan or another, that has a shard."""

@@ -143,7 +143,7 @@ def test_characters_that_are_not_assigned_are_found_wherever_they_stand() -> Non
 def test_caches_that_grew_are_dropped_and_the_ids_stay(
     pairs: dict[str, tuple[Tokenizer, GigatokenEncoder]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "MEMORY", 1)
+    monkeypatch.setattr(engine, "GROWTH", -(1 << 40))
     monkeypatch.setattr(engine, "RELOAD_BYTES", 100)
     fast = GigatokenEncoder(pairs["bpe"][0])
     first = fast._backend

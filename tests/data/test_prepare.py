@@ -138,6 +138,34 @@ def test_several_inputs_may_follow_one_option_or_have_one_each(tmp_path: Path, c
     assert sorted(documents(tmp_path / "one")) == sorted(corpus[:30] + corpus[38:])
 
 
+def test_the_slurm_example_splits_the_work_over_its_array(tmp_path: Path, corpus: list[str]) -> None:
+    script = Path(__file__).parents[2] / "examples" / "slurm" / "prepare.sh"
+    (tmp_path / "bin").mkdir()
+    command = f'#!/bin/sh\nexec {sys.executable} -c "import sys; from megalm.cli import main; sys.exit(main())" "$@"\n'
+    (tmp_path / "bin" / "megalm").write_text(command)
+    (tmp_path / "bin" / "megalm").chmod(0o755)
+    for i in range(3):  # so that there is a unit for each of two tasks
+        (tmp_path / "in" / f"large-{i}.txt").write_text("x" * 30_000_000)
+    prepare([tmp_path / "in"], "byte", tmp_path / "whole")
+    for task in (4, 3):
+        slurm = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": 3, "SLURM_ARRAY_TASK_COUNT": 2}
+        slurm |= {"SLURM_PROCID": 0, "SLURM_NTASKS": 1}
+        environment = {**os.environ, **{name: str(value) for name, value in slurm.items()}}
+        environment["PATH"] = f"{tmp_path}/bin:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", script, tmp_path / "in", "byte", tmp_path / "out"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, f"rank {task - 3} of 2, as SLURM_ARRAY_TASK_ID says\n")
+        assert (tmp_path / "out").exists() == (task == 3)
+        assert ("this rank is done: " in done.stdout) == (task == 4)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_every_kind_of_file_gives_the_same_shards(tmp_path: Path, corpus: list[str]) -> None:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in corpus).encode()
     table = pyarrow.table({"text": corpus})
