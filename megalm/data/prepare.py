@@ -139,6 +139,7 @@ def prepare(
     run = _Run(units, tokenizer, path, settings, work, limit, share, on_progress)
     try:
         with work.opened(overwrite) as is_done:
+            run.is_under_way = True
             if not is_done:
                 run.do_units(workers, engine, say)
                 is_done = run.finish()
@@ -146,11 +147,11 @@ def prepare(
                 return run.report(listing.ignored, Manifest.load(work.output), work.preparation())
             return run.report(listing.ignored, None, None)
     except UserError as error:
-        raise UserError(f"{error}{_kept(work)}") from None
+        raise UserError(f"{error}{run.kept()}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             reason = f"--output {output}: {os.strerror(error.errno)}: free some space"
-            raise UserError(f"{reason}{_kept(work)}") from None
+            raise UserError(f"{reason}{run.kept()}") from None
         raise
 
 
@@ -178,6 +179,7 @@ class _Run:
         self._total = sum(map(self._disk_bytes, self._mine))
         self._done = self._done_before = self._tokens = 0
         self._engine = ""
+        self.is_under_way = False
         dtype = token_dtype(tokenizer.vocab_size).name
         eod = tokenizer.eod if settings.append_eod else None
         self._job = Job(work.data, settings.text_key, dtype, eod, settings.shuffle)
@@ -240,6 +242,14 @@ class _Run:
             engine=self._engine,
         )
 
+    def kept(self) -> str:
+        """What a message of failure adds."""
+        done = self._work.results() if self.is_under_way else {}
+        if not any(result.shard for result in done.values()):
+            return ""
+        kept = f"{len(done)} of {len(self._units)} units are kept in {self._work.root}"
+        return f" ({kept}: the same command, run again, goes on there)"
+
     def _advance(self, new_bytes: int, new_tokens: int) -> None:
         self._done += new_bytes
         self._tokens += new_tokens
@@ -291,16 +301,6 @@ def _unit_keys(units: Sequence[Unit], tokenizer: Tokenizer, settings: Settings) 
 
 def _checksum(content: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, separators=(",", ":")).encode())
-
-
-def _kept(work: WorkDirectory) -> str:
-    """What a message of failure adds."""
-    done = work.results()
-    if not any(result.shard for result in done.values()):
-        return ""
-    return (
-        f" ({len(done)} of {work.num_units} units are kept in {work.root}: the same command, run again, goes on there)"
-    )
 
 
 def _record(tokenizer: Tokenizer, path: str) -> TokenizerRecord:

@@ -47,7 +47,6 @@ class WorkDirectory:
         self._units = self.root / "units"
         self._keys = keys
         self.plan = plan
-        self.num_units = len(keys)
         self._share = share
 
     def results(self) -> dict[int, UnitResult]:

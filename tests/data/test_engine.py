@@ -114,7 +114,7 @@ def test_every_kind_passes_the_comparison_at_the_start(
 def test_every_character_is_encoded_alike_in_any_neighbourhood(
     pairs: dict[str, tuple[Tokenizer, GigatokenEncoder]], kind: str
 ) -> None:
-    step = 7 if kind != "o200k_base" else 1  # its pattern tells marks and letters' cases apart
+    step = 11 if kind != "o200k_base" else 3  # its pattern tells marks and letters' cases apart
     characters = [chr(i) for i in range(0, 0x32000, step) if not 0xD800 <= i < 0xE000]
     seldom = [c for c in characters if not "\u3400" < c < "\ud7a4" and not "\U00010500" < c < "\U0001d000"]
     check(pairs[kind], [f"a{c}a 1{c}1.{c}.\n{c} {c}'s_{c}_" for c in seldom])
