@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from megalm.data.directory import check_output, exit_on_sigterm, make_parents, put_in_place, recover, remove_empty
+from megalm.data.indexed import open_shard
 from megalm.data.locks import Lock, lock
+from megalm.data.manifest import Manifest
 from megalm.data.shards import UnitResult
 from megalm.data.share import Share
 from megalm.errors import UserError
@@ -66,10 +68,14 @@ class WorkDirectory:
         write_atomic(self._record(number), json.dumps(content).encode())
 
     def preparation(self) -> dict[str, Any] | None:
-        """What the output says of how it was made, if it is what this plan makes, else None."""
-        with suppress(OSError, ValueError):
+        """What the output says of how it was made, if it is what this plan makes and no file of it is missing or cut,
+        else None."""
+        with suppress(OSError, ValueError, UserError):
             content = json.loads((self.output / PREPARATION).read_bytes())
             if isinstance(content, dict) and content.get("plan") == self.plan:
+                manifest = Manifest.load(self.output)
+                for shard in manifest.shards:
+                    open_shard(self.output, manifest, shard)
                 return content
         return None
 
@@ -122,6 +128,7 @@ class WorkDirectory:
         _remove_others(self.data, files)
         sync_directory(self.data)
         put_in_place(self.data, self.output)
+        _remove_others(self.output, files)  # what a worker of a killed command may just have begun
         self._discard()
 
     def _record(self, number: int) -> Path:

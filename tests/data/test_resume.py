@@ -89,6 +89,17 @@ def test_the_same_command_after_the_end_has_nothing_to_do(corpus: Path) -> None:
     assert sorted(os.listdir(corpus.parent)) == ["in", "out"]
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 2)])
+def test_an_output_that_lacks_something_is_not_taken_for_the_end(corpus: Path, damage: Callable[[Path], None]) -> None:
+    run(corpus)
+    whole = content(corpus.parent / "out")
+    damage(corpus.parent / "out" / "shard-00001.bin")
+    with pytest.raises(UserError, match="written already"):
+        run(corpus)
+    assert run(corpus, overwrite=True).done_before == 0
+    assert content(corpus.parent / "out") == whole
+
+
 def touched(corpus: Path) -> None:
     path = corpus / "0.jsonl"
     path.write_bytes(path.read_bytes())
