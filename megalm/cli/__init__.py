@@ -12,7 +12,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -58,12 +58,18 @@ def _megalm(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line (`sys.argv` by default). Returns the exit code; a mistake is one line on stderr."""
+    return exit_code(
+        lambda: typer.main.get_command(app).main(args=arguments, prog_name="megalm", standalone_mode=False)
+    )
+
+
+def exit_code(command: Callable[[], object]) -> int:
+    """Runs `command`, and gives what it returns if that is a number; what it raises becomes a line and a code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal of few characters is no reason to fail
     try:
-        command = typer.main.get_command(app)
-        code = command.main(args=arguments, prog_name="megalm", standalone_mode=False)
+        code = command()
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except UserError as error:

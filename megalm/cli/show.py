@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from unicodedata import category
 
@@ -27,18 +27,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else ascii(c)[1:-1] for c in text)
 
 
-def table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Prints two columns, the second aligned to the right."""
+def table(title: str, rows: Iterable[Sequence[str]], header: Sequence[str] = ("", "")) -> None:
+    """Prints columns, all but the first aligned to the right; the header is shown if it says anything."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None)
-    grid.add_column(no_wrap=True)
-    grid.add_column(justify="right")
-    for name, value in rows:
-        grid.add_row(Text(name), Text(value))
-    Console().print(grid)
+    grid = Table(title=Text(title), title_justify="left", title_style="bold", show_header=any(header), box=None)
+    grid.add_column(header[0], no_wrap=True)
+    for name in header[1:]:
+        grid.add_column(name, justify="right")
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    console = Console()
+    if not console.is_terminal:  # nothing is cut to a width that a file does not have
+        console.width = 1000
+    console.print(grid)
 
 
 @contextmanager
@@ -57,8 +61,13 @@ def progress(description: str) -> Iterator[Callable[[float, float, str], None]]:
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(description, total=None, more="")
+        is_first = True
 
         def update(done: float, total: float, more: str) -> None:
+            nonlocal is_first
+            if is_first:  # what was done before says nothing of how fast this goes
+                bars.reset(task, completed=int(done), total=total, more=more)
+                is_first = False
             bars.update(task, completed=done, total=total, more=more)
 
         yield update

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,41 +24,39 @@ def new_directory(path: Path, owned: re.Pattern[str], overwrite: bool) -> Iterat
     replaced; nothing else is ever removed. Everything else is a `UserError` that names it.
     """
     final = Path(os.path.realpath(path))
-    exists = _check(final, path, owned, overwrite)
-    made = _make_parents(final.parent)
+    recover(final)
+    check_output(path, owned, overwrite)
+    made = make_parents(final.parent)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     try:
-        with _exit_on_sigterm():
+        with exit_on_sigterm():
             temporary.mkdir()
             try:
                 yield temporary
                 sync_directory(temporary)
-                _rename(temporary, final, exists)
+                put_in_place(temporary, final)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except BaseException:
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
+        remove_empty(made)
         raise
 
 
-def _check(final: Path, shown: Path, owned: re.Pattern[str], overwrite: bool) -> bool:
-    """Whether `final` exists, if it may be replaced."""
-    if not final.exists():
-        return False
-    if not final.is_dir():
-        raise UserError(f"--output {shown}: this is a file: choose another directory")
-    names = sorted(os.listdir(final))
+def check_output(path: Path, owned: re.Pattern[str], overwrite: bool) -> None:
+    """A `UserError` unless `path` is free, an empty directory, or, with `overwrite`, of files that match `owned`."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"--output {path}: this is a file: choose another directory")
+    names = sorted(os.listdir(path))
     foreign = [name for name in names if not owned.fullmatch(name)]
     if foreign:
-        raise UserError(f"--output {shown}: it holds other files ({foreign[0]}): choose a new or empty directory")
+        raise UserError(f"--output {path}: it holds other files ({foreign[0]}): choose a new or empty directory")
     if names and not overwrite:
-        raise UserError(f"--output {shown}: written already: choose another directory, or replace it with --overwrite")
-    return True
+        raise UserError(f"--output {path}: written already: choose another directory, or replace it with --overwrite")
 
 
-def _make_parents(parent: Path) -> list[Path]:
+def make_parents(parent: Path) -> list[Path]:
     """Makes `parent` and returns the directories that were missing, innermost first."""
     missing = []
     while not parent.exists():
@@ -69,23 +67,45 @@ def _make_parents(parent: Path) -> list[Path]:
     return missing
 
 
-def _rename(temporary: Path, final: Path, exists: bool) -> None:
-    if exists:
-        old = final.with_name(f".{final.name}.old-{os.getpid()}")
+def remove_empty(directories: Iterable[Path]) -> None:
+    """Removes those of `directories` that are empty, in order."""
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()
+
+
+def put_in_place(new: Path, final: Path) -> None:
+    """Renames `new` to `final`; what was there is replaced. If this is killed in between, `recover` mends it."""
+    recover(final)
+    old = _old(final)
+    if final.exists():
         final.rename(old)
-        try:
-            temporary.rename(final)
-        except BaseException:
+    try:
+        new.rename(final)
+    except BaseException:
+        if old.exists():
             old.rename(final)
-            raise
-        shutil.rmtree(old)
-    else:
-        temporary.rename(final)
+        raise
     sync_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(final: Path) -> None:
+    """Puts back what `put_in_place` had moved away when it was killed, or removes it if it was replaced."""
+    old = _old(final)
+    if old.exists():
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(final)
+
+
+def _old(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """SIGTERM, as a batch system sends it, unwinds the stack like any failure, so that cleaning up is not left out."""
     if threading.current_thread() is not threading.main_thread():
         yield

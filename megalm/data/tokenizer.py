@@ -3,6 +3,7 @@
     byte            ids 0 to 255 are bytes, 256 ends a document; needs no training
     sentencepiece   a .model file
     bpe, ...        a Hugging Face tokenizer.json
+    tiktoken        a .tiktoken file (`megalm.data.tiktoken_file`)
 
 What `megalm tokenizer train` makes (`megalm.data.train_tokenizer`) is lossless: decode(encode(text)) == text for every
 text, because nothing is normalised and what is not in the vocabulary is spelled in bytes. A text that spells out the
@@ -20,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import xxhash
@@ -33,14 +34,26 @@ EOD = "<|endoftext|>"
 WELL_KNOWN_EODS = (EOD, "<|end_of_text|>", "</s>", "<｜end▁of▁sentence｜>", "<eos>", "<|eos|>", "<eod>", "<|eod|>")
 SPACE = "▁"  # U+2581, sentencepiece's letter for a space
 
+Encoded = tuple[np.ndarray, np.ndarray]
+"""The ids of documents one after the other, int32 or uint32, and int64[documents]: how many each one has."""
+
 
 class Tokenizer(ABC):
-    """Ids are 0 to `vocab_size` - 1; `eod` ends a document; equal fingerprints mean equal tokenizers."""
+    """Ids are 0 to `vocab_size` - 1; `eod` ends a document; equal fingerprints mean equal tokenizers.
+
+    `content` is the bytes of its file. A tokenizer can be pickled: it goes to worker processes as it was read here.
+    """
 
     kind: str
     vocab_size: int
     eod: int
     fingerprint: str
+    content: bytes = b""
+    special_tokens: tuple[str, ...] = ()
+    """What a text may spell without its becoming the token."""
+    batch_bytes: ClassVar[int] = 1 << 20  # the libraries need some hundred bytes a token
+    hard_texts: tuple[bytes, ...] = ()
+    """UTF-8 that makes `encode_batch` treat a text in its own way."""
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -57,11 +70,9 @@ class Tokenizer(ABC):
         """The text's ids, without `eod`."""
         return self.encode_batch([text])[0]
 
-    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The texts' ids as one int32 array, each text ended by `eod`, and the int64 lengths, `eod` counted."""
-        batch = self.encode_batch(texts)
-        for ids in batch:
-            ids.append(self.eod)
+    def encode_documents(self, documents: list[bytes]) -> Encoded:
+        """The ids of documents in UTF-8, without `eod`."""
+        batch = self.encode_batch([document.decode() for document in documents])
         lengths = np.fromiter(map(len, batch), np.int64, len(batch))
         return np.fromiter(chain.from_iterable(batch), np.int32, int(lengths.sum())), lengths
 
@@ -91,14 +102,9 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
-    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        contents = [text.encode() for text in texts]
-        lengths = np.fromiter((len(content) + 1 for content in contents), np.int64, len(contents))
-        tokens = np.full(int(lengths.sum()), self.eod, np.int32)
-        is_text = np.ones(len(tokens), bool)
-        is_text[np.cumsum(lengths) - 1] = False
-        tokens[is_text] = np.frombuffer(b"".join(contents), np.uint8)
-        return tokens, lengths
+    def encode_documents(self, documents: list[bytes]) -> Encoded:
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+        return np.frombuffer(b"".join(documents), np.uint8).astype(np.int32), lengths
 
     def _decode(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
@@ -130,12 +136,18 @@ class SentencePieceTokenizer(Tokenizer):
         if self.eod < 0:
             raise UserError(_no_eod(source))
         self.fingerprint = xxhash.xxh3_128_hexdigest(content)
+        self.content, self._source = content, source
+        self.special_tokens = tuple(known)
         # Text that holds sentencepiece's own letter for a space would come back with a space: spell it in bytes. Not
         # in a model that puts a space before every text: it is not lossless in any case, and cutting would add more.
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         first = self._processor.encode("a")[:1]
         cuts = all(map(self._processor.is_byte, ids)) and bool(first) and not pieces[first[0]].startswith(SPACE)
         self._space_ids = ids if cuts else None
+        self.hard_texts = (SPACE.encode(),) if cuts else ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.content, self._source)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         batch: list[list[int]] = self._processor.encode(texts, num_threads=1)
@@ -188,6 +200,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.content, self._source = content, source
+        self.special_tokens = tuple(text for text, token in added.items() if token["special"])
         self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self._added = added
         self._is_byte_level = '"ByteLevel"' in json.dumps(parsed.get("decoder"))
@@ -195,6 +209,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._vocabulary.values()) + 1
         self.eod = self._vocabulary[eod]
         self.fingerprint = xxhash.xxh3_128_hexdigest(content)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.content, self._source)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -217,7 +234,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer at `path`: `byte`, a directory that `megalm tokenizer train` wrote, a tokenizer.json or a .model.
+    """The tokenizer at `path`: `byte`, a directory that `megalm tokenizer train` wrote, a tokenizer.json, a .model or a
+    .tiktoken file.
 
     A `UserError` names what is missing, damaged, or without an end-of-document token.
     """
@@ -229,13 +247,19 @@ def load_tokenizer(path: str) -> Tokenizer:
     if not location.exists():
         raise UserError(
             f"tokenizer {path}: no such file or directory: give `byte`, a directory that `megalm tokenizer train` "
-            "wrote, a tokenizer.json or a .model file"
+            "wrote, a tokenizer.json, a .model or a .tiktoken file"
         )
     if location.suffix == ".json":
         return HuggingFaceTokenizer(location.read_bytes(), location)
     if location.suffix == ".model":
         return SentencePieceTokenizer(location.read_bytes(), location)
-    raise UserError(f"tokenizer {path}: of no known kind: give a directory, a tokenizer.json or a .model file")
+    if location.suffix == ".tiktoken":
+        from megalm.data.tiktoken_file import load_tiktoken
+
+        return load_tiktoken(location)
+    raise UserError(
+        f"tokenizer {path}: of no known kind: give a directory, a tokenizer.json, a .model or a .tiktoken file"
+    )
 
 
 def _load_directory(directory: Path) -> Tokenizer:

@@ -20,7 +20,7 @@ import xxhash
 
 from megalm.data.child import call_in_child
 from megalm.data.directory import new_directory
-from megalm.data.sources import EMPTY, GZIP_RATIO, Unit, list_files, make_units, read_unit
+from megalm.data.sources import EMPTY, Unit, list_files, make_units, read_unit
 from megalm.data.tokenizer import EOD, FILES, RECORD, HuggingFaceTokenizer, SentencePieceTokenizer
 from megalm.errors import UserError
 from megalm.files import write_atomic
@@ -129,9 +129,9 @@ class _Sample:
 
     def documents(self, on_progress: OnProgress) -> Iterator[str]:
         """About `sample_bytes` of documents, evenly from all; some are kept in `held` instead, and in `first`."""
-        sizes = [(p.path.name.endswith(".gz"), p.end - p.start) for unit in self.units for p in unit]
-        total = sum(size for _, size in sizes)
-        share = min(1.0, self.sample_bytes / max(1, sum(n * GZIP_RATIO if gz else n for gz, n in sizes)))
+        pieces = [piece for unit in self.units for piece in unit]
+        total = sum(piece.disk_bytes for piece in pieces)
+        share = min(1.0, self.sample_bytes / max(1, sum(piece.text_bytes for piece in pieces)))
         seen = done = held_bytes = first_bytes = 0
         for unit in self.units:
             for record in read_unit(unit, self.text_key):

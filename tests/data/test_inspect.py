@@ -11,7 +11,7 @@ import pytest
 from megalm.cli import main
 from megalm.data.inspect import documents, sample
 from megalm.data.manifest import Manifest
-from megalm.data.prepare import prepare
+from megalm.data.prepare import Settings, prepare
 from megalm.data.tokenizer import load_tokenizer
 from megalm.data.train_tokenizer import train_tokenizer
 from megalm.errors import UserError
@@ -32,7 +32,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prepared(tmp_path: Path, corpus: Path) -> Path:
-    prepare([corpus], "byte", tmp_path / "out", unit_bytes=1000)
+    prepare([corpus], "byte", tmp_path / "out", Settings(unit_bytes=1000))
     return tmp_path / "out"
 
 

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import gzip
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from megalm.cli import main
 from megalm.data.indexed import open_shard
 from megalm.data.manifest import Manifest
-from megalm.data.prepare import SkipLimit, prepare
+from megalm.data.prepare import Settings, SkipLimit, prepare
 from megalm.data.tokenizer import load_tokenizer
 from megalm.data.train_tokenizer import train_tokenizer
 from megalm.errors import UserError
@@ -121,7 +119,7 @@ def test_the_output_does_not_depend_on_the_number_of_workers(tmp_path: Path, cor
     outputs = []
     for workers in (1, 2, 3):
         output = tmp_path / f"out-{workers}"
-        report = prepare([tmp_path / "in"], "byte", output, workers=workers, unit_bytes=400)
+        report = prepare([tmp_path / "in"], "byte", output, workers=workers, settings=Settings(unit_bytes=400))
         assert len(report.manifest.shards) > 3
         outputs.append(content(output))
     assert outputs[0] == outputs[1] == outputs[2]
@@ -139,6 +137,100 @@ def test_several_inputs_may_follow_one_option_or_have_one_each(tmp_path: Path, c
     assert sorted(documents(tmp_path / "one")) == sorted(corpus[:30] + corpus[38:])
 
 
+def test_the_slurm_example_splits_the_work_over_its_array(tmp_path: Path, corpus: list[str]) -> None:
+    script = Path(__file__).parents[2] / "examples" / "slurm" / "prepare.sh"
+    (tmp_path / "bin").mkdir()
+    command = f'#!/bin/sh\nexec {sys.executable} -c "import sys; from megalm.cli import main; sys.exit(main())" "$@"\n'
+    (tmp_path / "bin" / "megalm").write_text(command)
+    (tmp_path / "bin" / "megalm").chmod(0o755)
+    for i in range(3):  # so that there is a unit for each of two tasks
+        (tmp_path / "in" / f"large-{i}.txt").write_text("x" * 30_000_000)
+    prepare([tmp_path / "in"], "byte", tmp_path / "whole")
+    for task in (4, 3):
+        slurm = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": 3, "SLURM_ARRAY_TASK_COUNT": 2}
+        slurm |= {"SLURM_PROCID": 0, "SLURM_NTASKS": 1}
+        environment = {**os.environ, **{name: str(value) for name, value in slurm.items()}}
+        environment["PATH"] = f"{tmp_path}/bin:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", script, tmp_path / "in", "byte", tmp_path / "out"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, f"rank {task - 3} of 2, as SLURM_ARRAY_TASK_ID says\n")
+        assert (tmp_path / "out").exists() == (task == 3)
+        assert ("this rank is done: " in done.stdout) == (task == 4)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_every_kind_of_file_gives_the_same_shards(tmp_path: Path, corpus: list[str]) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in corpus).encode()
+    table = pyarrow.table({"text": corpus})
+    outputs = []
+    for name, content_of in (
+        ("a.jsonl", lines),
+        ("a.jsonl.gz", gzip.compress(lines)),
+        ("a.jsonl.zst", zstandard.ZstdCompressor().compress(lines)),
+        ("a.parquet", b""),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content_of)
+        if not content_of:
+            pyarrow.parquet.write_table(table, path, row_group_size=7)
+        output = tmp_path / f"out-{name}"
+        prepare([path], "byte", output)
+        outputs.append({file: data for file, data in content(output).items() if file != "preparation.json"})
+        train_tokenizer("bpe", 290, [path], tmp_path / f"tokenizer-{name}")
+        outputs[-1] |= content(tmp_path / f"tokenizer-{name}")
+    assert all(output == outputs[0] for output in outputs)
+    assert len(outputs[0]) == 5
+
+
+def test_the_report_counts_by_input_and_is_kept(
+    tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(tmp_path / "more.jsonl", ["one", "", "two"], (b"{",))
+    paths = [tmp_path / "in", tmp_path / "more.jsonl"]
+    assert run("prepare", "--input", *paths, "--tokenizer", "byte", "--output", tmp_path / "out") == 0
+    kept = json.loads((tmp_path / "out" / "preparation.json").read_text())["sources"]
+    text_bytes = sum(len(text.encode()) for text in corpus)
+    assert kept == {
+        str(tmp_path / "in"): {
+            "records": 40,
+            "documents": 40,
+            "text_bytes": text_bytes,
+            "tokens": text_bytes + 40,
+            "skipped": {},
+        },
+        str(tmp_path / "more.jsonl"): {
+            "records": 4,
+            "documents": 2,
+            "text_bytes": 6,
+            "tokens": 8,
+            "skipped": {"empty": 1, "malformed JSON": 1},
+        },
+    }
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "source documents text tokens bytes per token skipped" in shown
+    assert "more.jsonl 2 6 B 8 1.000 2" in shown
+
+
+def test_documents_without_an_end_are_told_apart_by_the_index_alone(tmp_path: Path, corpus: list[str]) -> None:
+    report = prepare([tmp_path / "in"], "byte", tmp_path / "out", Settings(append_eod=False, shuffle=False))
+    assert report.manifest is not None
+    (shard,) = report.manifest.shards
+    index, tokens = open_shard(tmp_path / "out", report.manifest, shard)
+    ends = np.cumsum(index.lengths)
+    found = [
+        bytes(tokens[end - length : end].astype(np.uint8)).decode()
+        for end, length in zip(ends, index.lengths, strict=True)
+    ]
+    in_order = [*corpus[:30], corpus[38], corpus[39], *corpus[30:38]]
+    assert found == in_order
+
+
 def test_the_text_may_be_under_another_key(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text('{"body": "hello", "text": 3}\n')
@@ -150,7 +242,7 @@ def test_a_unit_without_documents_makes_no_shard(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name, text in (("a", "one"), ("b", ""), ("c", "three")):
         (tmp_path / "in" / f"{name}.txt").write_text(text)
-    report = prepare([tmp_path / "in"], "byte", tmp_path / "out", unit_bytes=1)
+    report = prepare([tmp_path / "in"], "byte", tmp_path / "out", settings=Settings(unit_bytes=1))
     assert [shard.name for shard in report.manifest.shards] == ["shard-00000", "shard-00002"]
     assert sorted(documents(tmp_path / "out")) == ["one", "three"]
     assert "shard-00001.bin" not in os.listdir(tmp_path / "out")
@@ -193,7 +285,7 @@ def test_faulty_records_are_counted_by_reason_shown_and_left_out(
         ("0.05", True),
     ],
 )
-def test_faulty_records_beyond_the_limit_end_in_one_line_and_leave_nothing(
+def test_faulty_records_beyond_the_limit_end_in_one_line_and_make_no_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str | None, passes: bool, workers: int
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -207,7 +299,10 @@ def test_faulty_records_beyond_the_limit_end_in_one_line_and_leave_nothing(
     assert "5 of 101 records are faulty" in message
     assert "malformed JSON: 1" in message
     assert "a.jsonl:96: malformed JSON" in message
-    assert os.listdir(tmp_path) == ["in"]
+    assert f"(1 of 1 units are kept in {tmp_path}/.out.work: the same command, run again, goes on there)" in message
+    assert sorted(os.listdir(tmp_path)) == [".out.work", "in"]
+    assert run(*arguments(tmp_path, "--max-skipped", 5)) == 0
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
 def test_the_default_limit_is_one_percent_and_never_below_ten() -> None:
@@ -234,8 +329,8 @@ def folder(**files: bytes) -> Callable[[Path], None]:
     ("make", "options", "reason"),
     [
         (lambda tmp_path: None, [], "in: no such file or folder"),
-        (folder(), [], "in: no .jsonl, .jsonl.gz, .txt file in this folder"),
-        (folder(a_pdf=b"x"), [], "in: no .jsonl, .jsonl.gz, .txt file in this folder"),
+        (folder(), [], "in: no .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt file in this folder"),
+        (folder(a_pdf=b"x"), [], "in: no .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt file in this folder"),
         (folder(a_jsonl=b""), [], "--input: the corpus is empty"),
         (
             folder(a_jsonl=b'{"text": ""}\n', b_txt=b"\n"),
@@ -294,7 +389,7 @@ def test_a_replacement_that_fails_leaves_what_was_there(
     first = content(tmp_path / "out")
     refused(capsys, *arguments(tmp_path, "--overwrite", "--text-key", "nope"))
     assert content(tmp_path / "out") == first
-    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    assert sorted(os.listdir(tmp_path)) == [".out.work", "in", "out"]
 
 
 def test_files_of_others_are_never_replaced(
@@ -344,94 +439,8 @@ if __name__ == "__main__":
     )
     done = subprocess.run(full, capture_output=True, text=True, timeout=100, check=False)
     reason = "No space left on device" if may_mount else "File too large"
-    assert done.stderr == f"megalm: error: --output {output}: {reason}: nothing was written: free some space\n"
+    assert done.stderr == f"megalm: error: --output {output}: {reason}: free some space\n"
     assert (done.returncode, done.stdout) == (2, "[]\n")
-
-
-def large_corpus(tmp_path: Path) -> None:
-    """Text that takes seconds to encode, in several units."""
-    (tmp_path / "in").mkdir()
-    words = " ".join(f"word{i * 7919 % 10007}" for i in range(20_000))
-    for i in range(8):
-        write_lines(tmp_path / "in" / f"{i}.jsonl", [f"{i} {words}"] * 20)
-    train_tokenizer("bpe", 300, [tmp_path / "in" / "0.jsonl"], tmp_path / "tokenizer")
-
-
-def start(tmp_path: Path) -> subprocess.Popen[bytes]:
-    """The command with two workers, in a process group of its own, once it is writing."""
-    large_corpus(tmp_path)
-    command = ["-c", "import sys; from megalm.cli import main; sys.exit(main())", "data", "prepare", "--workers", "2"]
-    paths = ["--input", tmp_path / "in", "--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "out"]
-    process = subprocess.Popen(
-        [sys.executable, *command, *map(str, paths)], stderr=subprocess.PIPE, start_new_session=True
-    )
-    wait_until_writing(tmp_path)
-    return process
-
-
-def wait_until_writing(tmp_path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.tmp-*/.shard-*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def alive(group: int) -> list[str]:
-    """The processes of a group that still run."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(process_group) == group and state != "Z":
-                found.append(stat.parent.name)
-    return found
-
-
-def test_a_worker_that_is_killed_ends_the_command_and_leaves_nothing(tmp_path: Path) -> None:
-    large_corpus(tmp_path)
-    failures: list[UserError] = []
-
-    def command() -> None:
-        try:
-            prepare([tmp_path / "in"], str(tmp_path / "tokenizer"), tmp_path / "out", workers=2, unit_bytes=1 << 20)
-        except UserError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=command)
-    thread.start()
-    wait_until_writing(tmp_path)
-    victim = multiprocessing.active_children()[0]
-    assert victim.pid is not None
-    os.kill(victim.pid, signal.SIGKILL)
-    thread.join(60)
-    assert not thread.is_alive()
-    (failure,) = failures
-    assert "a worker process was killed by SIGKILL: nothing was written" in str(failure)
-    assert multiprocessing.active_children() == []
-    assert sorted(os.listdir(tmp_path)) == ["in", "tokenizer"]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_command_that_is_told_to_stop_leaves_nothing_and_nobody(
-    tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    process = start(tmp_path)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert b"Traceback" not in errors
-    assert process.returncode == code
-    assert sorted(os.listdir(tmp_path)) == ["in", "tokenizer"]
-    assert alive(process.pid) == []
-
-
-def test_workers_end_when_the_command_is_killed(tmp_path: Path) -> None:
-    process = start(tmp_path)
-    process.kill()
-    process.communicate(timeout=60)
-    deadline = time.monotonic() + 60
-    while alive(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert alive(process.pid) == []
 
 
 def test_preparing_does_not_import_torch(tmp_path: Path, corpus: list[str]) -> None:

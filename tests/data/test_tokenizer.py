@@ -89,9 +89,9 @@ def test_a_batch_is_its_texts_one_by_one(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("texts", [AWKWARD, ["one"], []])
-def test_documents_are_their_ids_each_ended_by_eod(tokenizer: Tokenizer, texts: list[str]) -> None:
-    tokens, lengths = tokenizer.encode_documents(texts)
-    expected = [[*tokenizer.encode(text), tokenizer.eod] for text in texts]
+def test_documents_are_their_ids_one_after_the_other(tokenizer: Tokenizer, texts: list[str]) -> None:
+    tokens, lengths = tokenizer.encode_documents([text.encode() for text in texts])
+    expected = [tokenizer.encode(text) for text in texts]
     assert (tokens.dtype, lengths.dtype) == ("int32", "int64")
     assert tokens.tolist() == [i for ids in expected for i in ids]
     assert lengths.tolist() == [len(ids) for ids in expected]

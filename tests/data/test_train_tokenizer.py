@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megalm.cli import main
-from megalm.data.sources import make_units
+from megalm.data.sources import File, make_units
 from megalm.data.tokenizer import load_tokenizer
 from megalm.data.train_tokenizer import TrainReport, train_tokenizer
 
@@ -68,7 +68,7 @@ def test_progress_covers_the_whole_input(tmp_path: Path, corpus: Path) -> None:
     assert isinstance(report, TrainReport)
     assert seen == sorted(seen)
     assert seen[-1] == (corpus.stat().st_size, corpus.stat().st_size)
-    assert len(make_units([corpus])) == 1
+    assert len(make_units([File(corpus, "in")])) == 1
 
 
 def edit(content: str) -> Callable[[Path], None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megalm.cli import main
-from megalm.data.prepare import prepare
+from megalm.data.prepare import Settings, prepare
 from megalm.data.verify import verify
 from megalm.errors import UserError
 
@@ -21,7 +21,7 @@ from megalm.errors import UserError
 def prepared(tmp_path: Path) -> Path:
     texts = [f"document {i}: " + "né 日本 😀\n\t" * (i % 7 + 1) for i in range(40)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare([tmp_path / "in.jsonl"], "byte", tmp_path / "out", unit_bytes=1000)
+    prepare([tmp_path / "in.jsonl"], "byte", tmp_path / "out", Settings(unit_bytes=1000))
     return tmp_path / "out"
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from megalm.data.curation.decontaminate import Contamination
 from megalm.data.curation.rules import Decontaminate
-from megalm.data.sources import SUFFIXES
 from megalm.errors import UserError
 
 QUESTION = "Which of the following rivers flows through the largest number of countries before it reaches the sea"
@@ -92,7 +91,6 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     assert f"of {tmp_path / 'b.jsonl.gz'}:1: " in found.detail
 
 
-@pytest.mark.skipif(".parquet" not in SUFFIXES, reason="sources reads no .parquet")
 def test_the_columns_of_a_parquet_file_are_looked_into_whatever_their_names(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -11,12 +11,10 @@ import orjson
 import pytest
 
 from megalm.data.curation.documents import read_documents
-from megalm.data.sources import SUFFIXES, list_files, make_units
+from megalm.data.sources import list_files, make_units
 from megalm.errors import UserError
 
 TEXTS = [f"document {i} é" for i in range(1000)]
-
-needs_parquet = pytest.mark.skipif(".parquet" not in SUFFIXES, reason="sources reads no .parquet")
 
 
 def lines(path: Path, unit_bytes: int = 1 << 20) -> list[bytes]:
@@ -39,7 +37,6 @@ def test_a_text_file_becomes_a_json_object_of_its_text(tmp_path: Path) -> None:
     assert lines(tmp_path / "a.txt") == [b""]
 
 
-@needs_parquet
 def test_rows_are_handed_on_with_all_their_columns(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -52,7 +49,6 @@ def test_rows_are_handed_on_with_all_their_columns(tmp_path: Path) -> None:
     assert lines(path) == lines(path, unit_bytes=1000) == wanted
 
 
-@needs_parquet
 def test_a_column_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
