@@ -27,13 +27,14 @@ import xxhash
 from megalm.data.counts import Counts, reasons, total
 from megalm.data.engine import choose_engine, open_engine
 from megalm.data.indexed import token_dtype
+from megalm.data.locks import lock
 from megalm.data.manifest import NAME, Manifest, TokenizerRecord
-from megalm.data.shards import EXAMPLES, Advance, Job, UnitResult, write_shard
+from megalm.data.shards import EXAMPLES, Job, UnitResult, write_shard
 from megalm.data.share import Share
 from megalm.data.sources import UNIT_BYTES, Unit, list_files, make_units, read_unit, where
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
 from megalm.data.work import PREPARATION, WorkDirectory, files_of
-from megalm.data.workers import Setup, run_in_workers
+from megalm.data.workers import run_in_workers
 from megalm.errors import UserError
 from megalm.files import write_atomic
 
@@ -194,15 +195,21 @@ class _Run:
             return
         first = _first_documents((unit for _, unit in missing), self._job.text_key)
         self._engine = choose_engine(engine, self._tokenizer, first, say)
-        setup = Setup(self._job, self._tokenizer, self._engine, self._work.use_lock)
         if min(workers, len(missing)) == 1:
-            results = _run_here(missing, setup, self._advance)
+            results = self._do_here(missing)
         else:
-            results = run_in_workers(missing, setup, min(workers, len(missing)), self._advance)
+            worker = _Worker(self._job, self._tokenizer, self._engine, self._work.use_lock)
+            tasks = ((number, (number, unit)) for number, unit in missing)
+            results = run_in_workers(worker, tasks, min(workers, len(missing)), self._advance)
         with closing(results):
             for number, result in results:
                 self._work.keep(number, result)
                 tally.add(number, result)
+
+    def _do_here(self, units: Iterable[tuple[int, Unit]]) -> Generator[tuple[int, UnitResult], None, None]:
+        encoder = open_engine(self._engine, self._tokenizer)
+        for number, unit in units:
+            yield number, write_shard(number, unit, self._job, encoder, self._advance)
 
     def finish(self) -> bool:
         """Makes the output, if all units are done; whether it is there."""
@@ -259,12 +266,24 @@ class _Run:
         return sum(piece.disk_bytes for piece in self._units[number])
 
 
-def _run_here(
-    units: Iterable[tuple[int, Unit]], setup: Setup, advance: Advance
-) -> Generator[tuple[int, UnitResult], None, None]:
-    encoder = open_engine(setup.engine, setup.tokenizer)
-    for number, unit in units:
-        yield number, write_shard(number, unit, setup.job, encoder, advance)
+class _Worker(NamedTuple):
+    """Does units in a process of its own. While it lives it shares `use_lock`, so that nobody takes its files for
+    leftovers."""
+
+    job: Job
+    tokenizer: Tokenizer
+    engine: str
+    use_lock: Path
+
+    def __call__(self) -> Callable[[tuple[int, Unit], Callable[..., None]], UnitResult]:
+        if lock(self.use_lock, shared=True, wait=False) is None:
+            raise UserError("the command was killed, and another is starting")  # nobody is there to read it
+        encoder = open_engine(self.engine, self.tokenizer)
+
+        def do(task: tuple[int, Unit], advance: Callable[..., None]) -> UnitResult:
+            return write_shard(*task, self.job, encoder, advance)
+
+        return do
 
 
 def _first_documents(units: Iterable[Unit], text_key: str) -> list[bytes]:

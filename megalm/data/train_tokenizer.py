@@ -13,15 +13,17 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import xxhash
 
-from megalm.data.child import call_in_child
 from megalm.data.directory import new_directory
 from megalm.data.sources import EMPTY, Unit, list_files, make_units, read_unit
 from megalm.data.tokenizer import EOD, FILES, RECORD, HuggingFaceTokenizer, SentencePieceTokenizer
+from megalm.data.workers import run_in_workers
 from megalm.errors import UserError
 from megalm.files import write_atomic
 
@@ -87,7 +89,7 @@ def train_tokenizer(
     units = make_units(list_files(inputs).files)
     with new_directory(output, OWNED, overwrite) as directory:
         sample = _Sample(units, text_key, sample_bytes)
-        content, sample = call_in_child(_train, (kind, vocab_size, sample), on_progress, "the tokenizer's training")
+        content, sample = _train_in_worker(kind, vocab_size, sample, on_progress)
         file = directory / FILES[kind]
         tokenizer = (SentencePieceTokenizer if kind == "sentencepiece" else HuggingFaceTokenizer)(content, file)
         record = {
@@ -171,8 +173,16 @@ class _Sample:
         )
 
 
-def _train(kind: str, vocab_size: int, sample: _Sample, on_progress: OnProgress) -> tuple[bytes, _Sample]:
+def _train_in_worker(kind: str, vocab_size: int, sample: _Sample, on_progress: OnProgress) -> tuple[bytes, _Sample]:
     """The trained tokenizer's file, and the sample as it is after all was read."""
+    make = partial(partial, _train, kind, vocab_size)  # a worker makes of it what does the task
+    what, mend = "the tokenizer's training", "is memory short?"
+    with closing(run_in_workers(make, [(0, sample)], 1, on_progress, what=what, mend=mend)) as results:
+        _, trained = next(results)
+    return trained
+
+
+def _train(kind: str, vocab_size: int, sample: _Sample, on_progress: OnProgress) -> tuple[bytes, _Sample]:
     train = _train_sentencepiece if kind == "sentencepiece" else _train_bpe
     return train(_sentences(sample.documents(on_progress)), vocab_size, sample), sample
 

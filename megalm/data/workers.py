@@ -1,11 +1,12 @@
-"""Runs units of preparation in worker processes, each fed one unit at a time through a pipe of its own.
+"""Runs tasks in worker processes, each fed one task at a time through a pipe of its own.
 
-    main --(number, unit)-->  worker
+    main --(number, task)-->  worker
          <--Progress--        now and then
-         <--Done | exception--  at the unit's end
+         <--Done | exception--  at the task's end
 
 A worker that is killed closes its pipe, which ends the command; a main process that is killed closes all of them, which
-ends the workers. So nobody waits for the dead.
+ends the workers. So nobody waits for the dead. Native code that runs for minutes hears no signal in Python: in a worker
+it can be ended at any moment.
 """
 
 from __future__ import annotations
@@ -13,72 +14,79 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from megalm.data.engine import open_engine
-from megalm.data.locks import lock
-from megalm.data.shards import Advance, Job, UnitResult, write_shard
-from megalm.data.sources import Unit
-from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
 
+AHEAD = 4  # tasks a worker that may be done before the first that is waited for, where the order is kept
 
-class Setup(NamedTuple):
-    """What a worker is given at its start. While it lives it shares `use_lock`, so that nobody takes its files for
-    leftovers."""
-
-    job: Job
-    tokenizer: Tokenizer
-    engine: str
-    use_lock: Path
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Report = Callable[..., None]
 
 
 class Progress(NamedTuple):
-    disk_bytes: int
-    tokens: int
+    values: tuple[Any, ...]
 
 
 class Done(NamedTuple):
     number: int
-    result: UnitResult
+    result: Any
 
 
 def run_in_workers(
-    units: Iterable[tuple[int, Unit]], setup: Setup, workers: int, advance: Advance
-) -> Generator[tuple[int, UnitResult], None, None]:
-    """The number and result of each unit, in the order in which they are done.
+    make: Callable[[], Callable[[Task, Report], Result]],
+    tasks: Iterable[tuple[int, Task]],
+    workers: int,
+    on_progress: Report,
+    *,
+    ahead: int | None = None,
+    what: str = "a worker process",
+    mend: str = "if memory is short, use fewer --workers",
+) -> Generator[tuple[int, Result], None, None]:
+    """The number and result of each numbered task, in the order in which they are done.
 
-    An exception in a worker is raised here. Closing the generator, or any exception in it, ends the workers first.
+    `make` is called once in each worker and gives the function that does tasks; it is told a function that passes its
+    arguments to `on_progress` here. `make`, tasks and results must be fit for pickling. With `ahead`, no task is begun
+    that comes so many after one that is not done. An exception in a worker is raised here; a UserError says how `what`
+    died. Closing the generator, or any exception in it, ends the workers first.
     """
     context = multiprocessing.get_context("spawn")  # a clean start: no locks or threads of this process
-    waiting = iter(units)
+    waiting = iter(tasks)
     running: dict[Connection, SpawnProcess] = {}
+    busy: dict[Connection, int] = {}
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, setup), daemon=True)
+            process = context.Process(target=_work, args=(theirs, make), daemon=True)
             process.start()
             theirs.close()
             running[ours] = process
-        busy = [pipe for pipe in running if _give_next(pipe, waiting, running)]
-        while busy:
-            for pipe in wait(busy):
+        idle, given = list(running), 0
+        while True:
+            while idle and (ahead is None or given < min(busy.values(), default=given) + ahead):
+                if (task := next(waiting, None)) is None:
+                    break
+                with _watching(running[idle[-1]], what, mend):
+                    idle[-1].send(task)
+                busy[idle.pop()] = given
+                given += 1
+            if not busy:
+                return
+            for pipe in wait(list(busy)):
                 assert isinstance(pipe, Connection)
-                try:
+                with _watching(running[pipe], what, mend):
                     message = pipe.recv()
-                except (EOFError, OSError):
-                    raise _died(running[pipe]) from None
                 if isinstance(message, Progress):
-                    advance(*message)
+                    on_progress(*message.values)
                 elif isinstance(message, Done):
                     yield message
-                    if not _give_next(pipe, waiting, running):
-                        busy.remove(pipe)
+                    del busy[pipe]
+                    idle.append(pipe)
                 else:
                     raise message
     finally:
@@ -89,47 +97,69 @@ def run_in_workers(
             pipe.close()
 
 
-def _give_next(pipe: Connection, waiting: Iterator[tuple[int, Unit]], running: dict[Connection, SpawnProcess]) -> bool:
-    """Sends the next unit, if there is one."""
-    task = next(waiting, None)
-    if task is None:
-        return False
-    try:
-        pipe.send(task)
-    except OSError:
-        raise _died(running[pipe]) from None
-    return True
+def map_in_order(
+    make: Callable[[], Callable[[Task], Result]], tasks: Sequence[Task], workers: int
+) -> Generator[Result, None, None]:
+    """The result of each task, in the order of the tasks; one worker is this process. See `run_in_workers`."""
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from map(make(), tasks)
+        return
+    done: dict[int, Result] = {}
+    wanted = 0
+    numbered = enumerate(tasks)
+    for number, result in run_in_workers(_Quiet(make), numbered, workers, _no_report, ahead=AHEAD * workers):
+        done[number] = result
+        while wanted in done:
+            yield done.pop(wanted)
+            wanted += 1
 
 
-def _died(process: SpawnProcess) -> UserError:
-    process.join()
-    code = process.exitcode or 0
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return UserError(f"a worker process {how}: if memory is short, use fewer --workers")
+def _no_report(*_: Any) -> None:
+    pass
 
 
-def _work(pipe: Connection, setup: Setup) -> None:
-    """A worker's life, until the main process closes the pipe."""
+class _Quiet:
+    """Makes a function of a task alone into one that is told how to report, and does not."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
+        self._make = make
+
+    def __call__(self) -> Callable[[Any, Report], Any]:
+        do = self._make()
+        return lambda task, report: do(task)
+
+
+class _watching:
+    """Turns a broken pipe into the error that says how its worker died."""
+
+    def __init__(self, process: SpawnProcess, what: str, mend: str) -> None:
+        self._process, self._what, self._mend = process, what, mend
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, EOFError | OSError):
+            self._process.join()
+            code = self._process.exitcode or 0
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise UserError(f"{self._what} {how}: {self._mend}") from None
+
+
+def _work(pipe: Connection, make: Callable[[], Callable[[Any, Report], Any]]) -> None:
+    """A worker's life: tasks in, progress and results out, until the main process closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends the workers
-    with suppress(EOFError, BrokenPipeError):
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
-            _serve(pipe, setup)
-        except (EOFError, BrokenPipeError):
+            do = make()
+            while True:
+                number, task = pipe.recv()
+                result = do(task, lambda *values: pipe.send(Progress(values)))
+                pipe.send(Done(number, result))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except (UserError, OSError) as error:
             pipe.send(error)
         except Exception:  # of a class that may not survive the way: send what a reader needs
             pipe.send(RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
-
-
-def _serve(pipe: Connection, setup: Setup) -> None:
-    """Units in, progress and results out."""
-    held = lock(setup.use_lock, shared=True, wait=False)
-    if held is None:  # the main process was killed, and another command is starting
-        return
-    with held:
-        encoder = open_engine(setup.engine, setup.tokenizer)
-        while True:
-            number, unit = pipe.recv()
-            result = write_shard(number, unit, setup.job, encoder, lambda *done: pipe.send(Progress(*done)))
-            pipe.send(Done(number, result))

@@ -38,11 +38,11 @@ from megalm.data.curation.parts import (
     save_report,
     size,
 )
-from megalm.data.curation.pool import map_in_order
 from megalm.data.curation.words import require_rensa
 from megalm.data.directory import new_directory
 from megalm.data.prepare import SkipLimit
 from megalm.data.sources import UNIT_BYTES, Unit
+from megalm.data.workers import map_in_order
 from megalm.errors import UserError
 
 KINDS = ("exact", "minhash")

@@ -16,8 +16,8 @@ from curated import contents, kept_lines
 from megalm.cli import main
 from megalm.data.curation.filters import filter_documents
 from megalm.data.curation.language import LanguageCheck
-from megalm.data.curation.pool import map_in_order
 from megalm.data.curation.rules import Language, Rules, load_rules
+from megalm.data.workers import map_in_order
 from megalm.errors import UserError
 
 TEXTS = {
