@@ -33,8 +33,7 @@ def verify(
     for done, shard in enumerate(manifest.shards):
         on_progress(done, len(manifest.shards))
         try:
-            index, _ = open_shard(directory, manifest, shard)
-            index.verify()
+            open_shard(directory, manifest, shard).verify()
         except UserError as error:
             damaged.append(str(error).removesuffix(": prepare the data again"))
             continue
@@ -61,9 +60,7 @@ def samples(directory: Path, manifest: Manifest, tokenizer: Tokenizer, count: in
     first = 0
     for shard in manifest.shards:
         while number is not None and number < first + shard.documents:
-            index, tokens = open_shard(directory, manifest, shard)
-            start = int(index.offsets[number - first]) // tokens.itemsize
-            ids = tokens[start : start + int(index.lengths[number - first])]
+            ids = open_shard(directory, manifest, shard).document(number - first)
             yield Sample(shard.name, number - first, len(ids), tokenizer.decode(ids))
             number = next(wanted, None)
         first += shard.documents
