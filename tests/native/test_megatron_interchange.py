@@ -18,7 +18,7 @@ from megalm._indexed_dataset import Reader, Writer, merge
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what it lacks on a machine without a GPU
-    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    from megatron.core.datasets import indexed_dataset as megatron
 
 DTYPES = ["uint16", "int32"]
 
