@@ -65,8 +65,13 @@ def gather(
     eod: int,
     out: NDArray[np.int64],
 ) -> None: ...
+
+class BatchMemory:
+    def __init__(self) -> None: ...
+    def empty(self, shape: Sequence[int]) -> NDArray[np.int64]: ...
+
 def assemble(
-    tokens_BS1: NDArray[np.int64], eod: int | None
+    tokens_BS1: NDArray[np.int64], eod: int | None, memory: BatchMemory
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64], NDArray[np.int32]]: ...
 def merge(
     inputs: Sequence[str | os.PathLike[str]],

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "batch_memory.hpp"
 #include "gather.hpp"
 #include "merge.hpp"
 #include "reader.hpp"
@@ -20,6 +21,7 @@ namespace py = pybind11;
 
 namespace {
 
+using megalm::BatchMemory;
 using megalm::Index;
 using megalm::OpenFiles;
 using megalm::Reader;
@@ -122,7 +124,31 @@ void gather(const std::unordered_map<std::int64_t, std::shared_ptr<Stream>>& str
     megalm::gather(streams, pieces, eod, place, total);
 }
 
-py::tuple assemble(const Array<std::int64_t>& tokens_BS1, std::optional<std::int64_t> eod) {
+// An array whose memory goes back to where it is from when the array, and all views of it, are gone.
+template <typename T>
+Array<T> empty(const std::shared_ptr<BatchMemory>& memory, const std::vector<py::ssize_t>& shape) {
+    struct Loan {
+        std::shared_ptr<BatchMemory> memory;
+        BatchMemory::Block block;
+        std::size_t size;
+    };
+    std::size_t size = sizeof(T);
+    for (const py::ssize_t dim : shape) {
+        if (dim < 0 || __builtin_mul_overflow(size, static_cast<std::size_t>(dim), &size)) {
+            throw std::invalid_argument("an array of no possible shape");
+        }
+    }
+    auto loan = std::make_unique<Loan>(Loan{memory, memory->take(size), size});
+    const auto* const data = reinterpret_cast<const T*>(loan->block.get());
+    const py::capsule owner(loan.release(), [](void* pointer) {
+        const std::unique_ptr<Loan> loan(static_cast<Loan*>(pointer));
+        loan->memory->give_back(std::move(loan->block), loan->size);
+    });
+    return Array<T>(shape, data, owner);
+}
+
+py::tuple assemble(const Array<std::int64_t>& tokens_BS1, std::optional<std::int64_t> eod,
+                   const std::shared_ptr<BatchMemory>& memory) {
     if (tokens_BS1.ndim() != 2 || tokens_BS1.shape(1) < 2) {
         throw std::invalid_argument("tokens_BS1 has B rows of S + 1 tokens, S at least 1");
     }
@@ -130,8 +156,9 @@ py::tuple assemble(const Array<std::int64_t>& tokens_BS1, std::optional<std::int
     if (total > std::numeric_limits<std::int32_t>::max()) {
         throw std::invalid_argument("a micro-batch has at most 2147483647 tokens");
     }
-    Array<std::int64_t> tokens_T(total), labels_T(total), positions_T(total);
-    Array<bool> loss_mask_T(total);
+    auto tokens_T = empty<std::int64_t>(memory, {total}), labels_T = empty<std::int64_t>(memory, {total});
+    auto positions_T = empty<std::int64_t>(memory, {total});
+    auto loss_mask_T = empty<bool>(memory, {total});
     const void* const rows = data_of(tokens_BS1);
     const megalm::Assembled out{tokens_T.mutable_data(), labels_T.mutable_data(), loss_mask_T.mutable_data(),
                                 positions_T.mutable_data()};
@@ -263,7 +290,10 @@ void bind_streams(py::module_& m) {
         .def_property_readonly("tokens", &Stream::tokens);
     m.def("gather", &gather, py::arg("streams"), py::arg("source_P").noconvert(), py::arg("start_P").noconvert(),
           py::arg("length_P").noconvert(), py::arg("eod"), py::arg("out").noconvert(), kGather);
-    m.def("assemble", &assemble, py::arg("tokens_BS1").noconvert(), py::arg("eod"),
+    py::class_<BatchMemory, std::shared_ptr<BatchMemory>>(m, "BatchMemory", "Memory that batches use again and again.")
+        .def(py::init<>())
+        .def("empty", &empty<std::int64_t>, py::arg("shape"), "An uninitialised int64 array.");
+    m.def("assemble", &assemble, py::arg("tokens_BS1").noconvert(), py::arg("eod"), py::arg("memory").none(false),
           "Tokens, labels, loss mask, positions and segments of int64[B, S + 1]; documents end with `eod` unless it is None.");
 }
 

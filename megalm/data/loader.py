@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from megalm._indexed_dataset import BatchMemory
 from megalm._indexed_dataset import assemble as native_assemble
 from megalm.data.dataset import Source, gather_pieces
 from megalm.data.order import Blend, Order, Samples
@@ -53,9 +54,15 @@ class MicroBatch:
     sequence_length: int
 
 
-def assemble(tokens_BS1: np.ndarray, sources_B: np.ndarray, eod: int, document_attention: bool) -> MicroBatch:
-    """The micro-batch of B sequences of S tokens and one more, int64[B, S + 1]."""
-    arrays = native_assemble(tokens_BS1, eod if document_attention else None)
+def assemble(
+    tokens_BS1: np.ndarray,
+    sources_B: np.ndarray,
+    eod: int,
+    document_attention: bool,
+    memory: BatchMemory | None = None,
+) -> MicroBatch:
+    """The micro-batch of B sequences of S tokens and one more, int64[B, S + 1]; its arrays are taken from `memory`."""
+    arrays = native_assemble(tokens_BS1, eod if document_attention else None, memory or BatchMemory())
     return MicroBatch(*arrays, sources_B=sources_B, sequence_length=tokens_BS1.shape[1] - 1)
 
 
@@ -70,13 +77,14 @@ def windows(
     document_attention: bool,
 ) -> Iterator[MicroBatch]:
     """`count` sequences of `length` tokens, back to back from token `first` of a source; `number` goes to sources_B."""
+    memory = BatchMemory()
     for done in range(0, count, micro_size):
         sequences = min(micro_size, count - done)
-        tokens_BS1 = np.empty((sequences, length + 1), np.int64)
+        tokens_BS1 = memory.empty((sequences, length + 1))
         start_B = first + (done + np.arange(sequences)) * length
         same_B = np.zeros(sequences, np.int64)
         gather_pieces([source], same_B, start_B, same_B + length + 1, eod, tokens_BS1.reshape(-1))
-        yield assemble(tokens_BS1, same_B + number, eod, document_attention)
+        yield assemble(tokens_BS1, same_B + number, eod, document_attention, memory)
 
 
 class Loader:
@@ -107,6 +115,7 @@ class Loader:
         self._splits = [source.split(sequence_length, validation_samples) for source in sources]
         self._length, self._eod, self._document_attention = sequence_length, eod, document_attention
         self._prefetch = prefetch
+        self._memory = BatchMemory()
         blend = Blend(weights)
         self._order = Order(
             names=self.source_names,
@@ -168,8 +177,8 @@ class Loader:
         return [self._gather(Samples(source_B, start_B)) for source_B, start_B in portions]
 
     def _gather(self, samples: Samples) -> MicroBatch:
-        tokens_BS1 = np.empty((len(samples.source_B), self._length + 1), np.int64)
+        tokens_BS1 = self._memory.empty((len(samples.source_B), self._length + 1))
         length_B = np.full(len(tokens_BS1), self._length + 1)
         out = tokens_BS1.reshape(-1)
         gather_pieces(self._sources, samples.source_B, samples.start_B, length_B, self._eod, out)
-        return assemble(tokens_BS1, samples.source_B, self._eod, self._document_attention)
+        return assemble(tokens_BS1, samples.source_B, self._eod, self._document_attention, self._memory)

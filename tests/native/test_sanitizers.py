@@ -17,10 +17,12 @@ EXERCISE = [
     "tests/native/test_indexed_dataset_writer.py",
     "tests/native/test_indexed_dataset_merge.py",
     "tests/native/test_damaged_files.py",
+    "tests/native/test_batch_memory.py",
     "tests/data/test_dataset.py",
     "tests/data/test_assemble.py",
-    # Limits the memory that may be mapped, of which the address sanitizer takes terabytes.
+    # These limit the memory that may be mapped, of which the address sanitizer takes terabytes.
     "--deselect=tests/native/test_indexed_dataset_merge.py::test_memory_does_not_grow_with_the_documents",
+    "--deselect=tests/native/test_batch_memory.py::test_sizes_that_are_not_asked_for_again_are_let_go",
 ]
 RUN = """
 import importlib.util, sys

@@ -96,11 +96,6 @@ def their_samples(directory: Path, count: int) -> Callable[[int], int]:
     return read
 
 
-def cpu_seconds() -> float:
-    now = os.times()
-    return now.user + now.system
-
-
 def compare_samples(tokens: int, mean: int, count: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
@@ -109,9 +104,9 @@ def compare_samples(tokens: int, mean: int, count: int, rounds: int) -> None:
         best = dict.fromkeys(readers, 0.0)
         for _ in range(rounds):
             for name, read in readers.items():
-                start = cpu_seconds()
+                start = time.process_time()
                 done = read(count)
-                best[name] = max(best[name], done / (cpu_seconds() - start))
+                best[name] = max(best[name], done / (time.process_time() - start))
     print(f"samples of {LENGTH} tokens, documents of {mean} tokens on average, best of {rounds} rounds of {count}:")
     show(best, "samples per CPU-second", larger=True)
 
@@ -134,10 +129,10 @@ def in_child(task: Callable[[], None]) -> tuple[float, int]:
     if child == 0:
         gc.freeze()
         held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        start = cpu_seconds()
+        start = time.process_time()
         task()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        os.write(writing, f"{cpu_seconds() - start} {max(0, peak - held)}".encode())
+        os.write(writing, f"{time.process_time() - start} {max(0, peak - held)}".encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as file:
