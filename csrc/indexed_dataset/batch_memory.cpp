@@ -9,7 +9,8 @@ namespace megalm {
 BatchMemory::Block BatchMemory::take(std::size_t size) {
     const std::lock_guard lock(mutex_);
     // The last one given back is the likeliest to be in a cache.
-    const auto found = std::find_if(free_.rbegin(), free_.rend(), [size](const auto& each) { return each.first == size; });
+    const auto fits = [size](const auto& each) { return each.first == size; };
+    const auto found = std::find_if(free_.rbegin(), free_.rend(), fits);
     if (found != free_.rend()) {
         Block block = std::move(found->second);
         free_.erase(std::next(found).base());

@@ -1,7 +1,8 @@
 // Memory for micro-batches, used again and again.
 //
-// The C library gives memory of this size back to the system when it is freed, and each page of it costs a page fault when
-// it comes anew: up to as much time as filling it. Here a block whose user is gone waits for the next one of its size.
+// The C library gives memory of this size back to the system when it is freed, and each page of it costs a page fault
+// when it comes anew: up to as much time as filling it. Here a block whose user is gone waits for the next one of its
+// size.
 
 #pragma once
 

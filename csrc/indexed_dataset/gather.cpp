@@ -46,7 +46,7 @@ Stream::Stream(std::shared_ptr<OpenFiles> files, std::string directory, std::vec
     std::uint64_t end = 0;
     for (const std::uint64_t count : tokens) {
         // Below, sums of places and sizes in bytes must not overflow.
-        if (count > kMostTokens - end) throw BadFile(directory_, "damaged: its shards have more tokens than a disk holds");
+        if (count > kMostTokens - end) throw BadFile(directory_, "damaged: it tells of more tokens than a disk holds");
         ends_.push_back(end += count);
     }
 }
@@ -95,8 +95,8 @@ void check(const std::unordered_map<std::int64_t, std::shared_ptr<Stream>>& stre
         const std::uint64_t tokens = stream->second->tokens();
         if (start < 0 || static_cast<std::uint64_t>(start) > tokens ||
             static_cast<std::uint64_t>(length) > tokens - static_cast<std::uint64_t>(start)) {
-            refuse(i, "is " + std::to_string(length) + " tokens from token " + std::to_string(start) + ", while source " +
-                          std::to_string(source) + " has " + std::to_string(tokens));
+            refuse(i, "is " + std::to_string(length) + " tokens from token " + std::to_string(start) +
+                          ", while source " + std::to_string(source) + " has " + std::to_string(tokens));
         }
     }
     if (left != 0) throw std::invalid_argument("the pieces leave " + std::to_string(left) + " tokens to fill");

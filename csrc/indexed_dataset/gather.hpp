@@ -57,7 +57,7 @@ class Stream {
     std::uint64_t vocab_size_;
 };
 
-// Pieces as three int64 arrays, which may be unaligned, as may be the output. Source -1 stands for `length` times `eod`.
+// Pieces as three int64 arrays, which may be unaligned, as may be the output. Source -1 is `length` times `eod`.
 struct Pieces {
     const void* source;
     const void* start;
@@ -65,8 +65,8 @@ struct Pieces {
     std::size_t count;
 };
 
-// The pieces' tokens, one after the other. std::invalid_argument if they do not add up to `total`, if a source is not in
-// `streams`, or if a piece is not in its source; nothing is written then.
+// The pieces' tokens, one after the other. std::invalid_argument if they do not add up to `total`, if a source is not
+// in `streams`, or if a piece is not in its source; nothing is written then.
 void gather(const std::unordered_map<std::int64_t, std::shared_ptr<Stream>>& streams, const Pieces& pieces,
             std::int64_t eod, void* out, std::size_t total);
 

@@ -1,5 +1,5 @@
-// A file that is read at given places. Read and not mapped: where a mapped file ends early or its disk fails, the process
-// is killed by a signal; a read returns, so that the error can name the file.
+// A file that is read at given places. Read and not mapped: where a mapped file ends early or its disk fails, the
+// process is killed by a signal; a read returns, so that the error can name the file.
 
 #pragma once
 

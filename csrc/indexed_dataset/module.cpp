@@ -152,7 +152,9 @@ py::tuple assemble(const Array<std::int64_t>& tokens_BS1, std::optional<std::int
     if (tokens_BS1.ndim() != 2 || tokens_BS1.shape(1) < 2) {
         throw std::invalid_argument("tokens_BS1 has B rows of S + 1 tokens, S at least 1");
     }
-    const py::ssize_t sequences = tokens_BS1.shape(0), length = tokens_BS1.shape(1) - 1, total = sequences * length;
+    const auto sequences = static_cast<std::size_t>(tokens_BS1.shape(0));
+    const auto length = static_cast<std::size_t>(tokens_BS1.shape(1)) - 1;
+    const auto total = static_cast<py::ssize_t>(sequences * length);
     if (total > std::numeric_limits<std::int32_t>::max()) {
         throw std::invalid_argument("a micro-batch has at most 2147483647 tokens");
     }
@@ -165,7 +167,7 @@ py::tuple assemble(const Array<std::int64_t>& tokens_BS1, std::optional<std::int
     std::vector<std::int32_t> segments;
     {
         const py::gil_scoped_release release;
-        segments = megalm::assemble(rows, static_cast<std::size_t>(sequences), static_cast<std::size_t>(length), eod, out);
+        segments = megalm::assemble(rows, sequences, length, eod, out);
     }
     const Array<std::int32_t> ends(static_cast<py::ssize_t>(segments.size()), segments.data());
     return py::make_tuple(tokens_T, labels_T, loss_mask_T, positions_T, ends);
@@ -187,16 +189,16 @@ void translate(std::exception_ptr pointer) {
     }
 }
 
-constexpr const char* kAppend = R"(Appends documents: `lengths` (int64) says how many of `tokens` (int32 or uint32) each one has.
+constexpr const char* kAppend = R"(Appends documents; `lengths` says how many tokens each has.
 
-Nothing is written if a token does not fit the dtype or the lengths do not add up (ValueError that names the file).
+`tokens` is int32 or uint32, `lengths` is int64. Nothing is written if a token does not fit the dtype or the lengths do not add up (ValueError that names the file).
 After an OSError (a full disk) the shard is discarded.)";
 
-constexpr const char* kGather = R"(Copies pieces of token streams into `out`, one after the other, in one call without the GIL.
+constexpr const char* kGather = R"(Copies pieces of token streams into `out`, one after the other, without the GIL.
 
 Piece p is `length_P[p]` tokens from token `start_P[p]` of `streams[source_P[p]]`; source -1 stands for as many times
-`eod`. All arrays are int64. ValueError if the pieces do not fill `out` or are not in their streams, UserError that names
-the file if a file is missing or damaged.)";
+`eod`. All arrays are int64. ValueError if the pieces do not fill `out` or are not in their streams, UserError that
+names the file if a file is missing or damaged.)";
 
 void bind_writer(py::module_& m) {
     py::class_<Writer>(m, "Writer", "Writes one shard; the files appear under their names when it is finished.")
@@ -273,13 +275,23 @@ void bind_reader(py::module_& m) {
                  return read_range(reader, start, length);
              },
              py::arg("number"), "A document's tokens, those of all its sequences: int64.")
-        .def("verify", &Reader::verify, Unlocked(), "Reads every entry of the index; UserError names the first wrong one.");
+        .def("documents_between",
+             [](const Reader& reader, std::int64_t first, std::int64_t end) {
+                 std::vector<std::int64_t> starts;
+                 {
+                     const py::gil_scoped_release release;
+                     starts = reader.documents_between(first, end);
+                 }
+                 return Array<std::int64_t>(static_cast<py::ssize_t>(starts.size()), starts.data());
+             },
+             py::arg("first"), py::arg("end"), "First tokens of all documents that start in [first, end): int64.")
+        .def("verify", &Reader::verify, Unlocked(), "Reads the whole index; UserError names the first wrong entry.");
 }
 
 void bind_streams(py::module_& m) {
-    py::class_<OpenFiles, std::shared_ptr<OpenFiles>>(m, "OpenFiles", "Files kept open between reads, the last used ones.")
+    py::class_<OpenFiles, std::shared_ptr<OpenFiles>>(m, "OpenFiles", "Files that stay open, the last used ones.")
         .def(py::init<std::size_t>(), py::arg("limit") = 256);
-    py::class_<Stream, std::shared_ptr<Stream>>(m, "Stream", "The shards of a directory, one after the other; opened when read.")
+    py::class_<Stream, std::shared_ptr<Stream>>(m, "Stream", "A directory's shards as one; opened when they are read.")
         .def(py::init([](std::shared_ptr<OpenFiles> files, const Path& directory, std::vector<std::string> names,
                          const std::vector<std::uint64_t>& tokens, const std::string& dtype, std::uint64_t vocab_size) {
                  return std::make_shared<Stream>(std::move(files), directory.string(), std::move(names), tokens,
@@ -294,7 +306,7 @@ void bind_streams(py::module_& m) {
         .def(py::init<>())
         .def("empty", &empty<std::int64_t>, py::arg("shape"), "An uninitialised int64 array.");
     m.def("assemble", &assemble, py::arg("tokens_BS1").noconvert(), py::arg("eod"), py::arg("memory").none(false),
-          "Tokens, labels, loss mask, positions and segments of int64[B, S + 1]; documents end with `eod` unless it is None.");
+          "Tokens, labels, loss mask, positions, segments of int64[B, S + 1]; with `eod`, documents end with that token.");
 }
 
 }  // namespace
@@ -306,5 +318,5 @@ PYBIND11_MODULE(_indexed_dataset, m) {
     bind_reader(m);
     bind_streams(m);
     m.def("merge", &merge, py::arg("inputs"), py::arg("output"), py::arg("on_progress") = py::none(),
-          "Joins shards, given by prefix, into one, in memory that does not grow; `on_progress(done, total)` in bytes.");
+          "Joins shards, given by prefix, in memory that does not grow; `on_progress(done, total)` is told bytes.");
 }

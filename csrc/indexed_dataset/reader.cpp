@@ -46,12 +46,14 @@ Index::Index(const std::string& path) : file_(path) {
     offsets(sequences_ - 1, 1, &offset);
     const std::uint64_t item = token_size(type_);
     if (length < 0 || offset < 0 || static_cast<std::uint64_t>(offset) % item != 0) {
-        refuse("the last sequence has " + std::to_string(length) + " tokens from byte " + std::to_string(offset) + " on");
+        refuse("the last sequence has " + std::to_string(length) + " tokens from byte " + std::to_string(offset));
     }
     bin_size_ = static_cast<std::uint64_t>(offset) + static_cast<std::uint64_t>(length) * item;
 }
 
 void Index::refuse(const std::string& reason) const { throw BadFile(file_.path(), "corrupt index: " + reason); }
+
+void Index::refuse_entry(const std::string& reason) const { throw BadFile(file_.path(), "damaged: " + reason); }
 
 void Index::read(std::uint64_t array, std::size_t item, std::uint64_t length, std::uint64_t first, std::uint64_t count,
                  void* out) const {
@@ -81,7 +83,7 @@ void Index::modes(std::uint64_t first, std::uint64_t count, std::int8_t* out) co
 Reader::Reader(const std::string& prefix) : index_(prefix + ".idx"), bin_(prefix + ".bin") {
     if (bin_.size() != index_.bin_size()) {
         throw BadFile(bin_.path(), std::string("too ") + (bin_.size() < index_.bin_size() ? "short" : "long") + ": " +
-                                       std::to_string(bin_.size()) + " bytes, while its index tells of " +
+                                       std::to_string(bin_.size()) + " bytes, while " + index_.path() + " tells of " +
                                        std::to_string(index_.bin_size()));
     }
 }
@@ -102,22 +104,67 @@ std::pair<std::uint64_t, std::uint64_t> Reader::document(std::uint64_t number) c
     }
     std::int64_t bounds[2];
     index_.document_starts(number, 2, bounds);
-    const auto sequences = static_cast<std::int64_t>(index_.sequences());
-    const auto place = [&](std::int64_t sequence) -> std::int64_t {  // in bytes
-        if (sequence == sequences) return static_cast<std::int64_t>(bin_.size());
-        std::int64_t offset;
-        index_.offsets(static_cast<std::uint64_t>(sequence), 1, &offset);
-        return offset;
-    };
-    if (bounds[0] >= 0 && bounds[0] <= bounds[1] && bounds[1] <= sequences) {
-        const auto item = static_cast<std::int64_t>(token_size(index_.type()));
-        const std::int64_t first = place(bounds[0]), end = place(bounds[1]);
-        const auto size = static_cast<std::int64_t>(bin_.size());
-        if (first >= 0 && first <= end && end <= size && first % item == 0 && end % item == 0) {
-            return {static_cast<std::uint64_t>(first / item), static_cast<std::uint64_t>((end - first) / item)};
+    const std::int64_t first = place_of(bounds[0]), end = place_of(bounds[1]);
+    if (bounds[0] > bounds[1] || first > end) {
+        index_.refuse_entry("document " + std::to_string(number) + " ends before it starts");
+    }
+    const std::uint64_t item = token_size(index_.type());
+    return {static_cast<std::uint64_t>(first) / item, static_cast<std::uint64_t>(end - first) / item};
+}
+
+std::int64_t Reader::place_of(std::int64_t sequence) const {
+    const auto size = static_cast<std::int64_t>(bin_.size());
+    if (sequence >= 0 && static_cast<std::uint64_t>(sequence) == index_.sequences()) return size;
+    if (sequence < 0 || static_cast<std::uint64_t>(sequence) > index_.sequences()) {
+        index_.refuse_entry("its documents do not cover its sequences");
+    }
+    std::int64_t offset;
+    index_.offsets(static_cast<std::uint64_t>(sequence), 1, &offset);
+    if (offset < 0 || offset > size || offset % static_cast<std::int64_t>(token_size(index_.type())) != 0) {
+        index_.refuse_entry("sequence " + std::to_string(sequence) + " does not start at a token of the .bin");
+    }
+    return offset;
+}
+
+std::int64_t Reader::start_of(std::uint64_t document) const {
+    std::int64_t sequence;
+    index_.document_starts(document, 1, &sequence);
+    return place_of(sequence) / static_cast<std::int64_t>(token_size(index_.type()));
+}
+
+std::uint64_t Reader::first_from(std::int64_t token) const {
+    std::uint64_t low = 0, high = index_.documents();
+    while (low < high) {
+        const std::uint64_t middle = low + (high - low) / 2;
+        if (start_of(middle) < token) {
+            low = middle + 1;
+        } else {
+            high = middle;
         }
     }
-    throw BadFile(index_.path(), "corrupt index: document " + std::to_string(number) + " is no part of the .bin");
+    return low;
+}
+
+std::vector<std::int64_t> Reader::documents_between(std::int64_t first, std::int64_t end) const {
+    const std::uint64_t low = first_from(first), high = first_from(end);
+    if (low >= high) return {};
+    std::vector<std::int64_t> starts(static_cast<std::size_t>(high - low));
+    index_.document_starts(low, high - low, starts.data());
+    const std::int64_t base = starts.front(), last = starts.back();
+    const auto sequences = static_cast<std::int64_t>(index_.sequences());
+    if (base < 0 || base > last || last > sequences) index_.refuse_entry("its documents do not cover its sequences");
+    std::vector<std::int64_t> offsets(static_cast<std::size_t>(std::min(last + 1, sequences) - base));
+    index_.offsets(static_cast<std::uint64_t>(base), offsets.size(), offsets.data());
+    offsets.push_back(static_cast<std::int64_t>(bin_.size()));  // where a document of no sequences may start
+    const auto item = static_cast<std::int64_t>(token_size(index_.type()));
+    std::int64_t before = first;
+    for (std::int64_t& start : starts) {
+        if (start < base || start > last) index_.refuse_entry("its documents do not cover its sequences");
+        start = offsets[static_cast<std::size_t>(start - base)] / item;
+        if (start < before || start >= end) index_.refuse_entry("its documents do not lie one after the other");
+        before = start;
+    }
+    return starts;
 }
 
 void Reader::verify() const {

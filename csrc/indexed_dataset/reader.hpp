@@ -37,12 +37,14 @@ class Index {
     template <typename Visit>
     void check_documents(Visit&& visit) const;
 
+    [[noreturn]] void refuse_entry(const std::string& reason) const;
+
     static constexpr std::size_t kBlock = std::size_t{1} << 16;
 
    private:
     void read(std::uint64_t array, std::size_t item, std::uint64_t length, std::uint64_t first, std::uint64_t count,
               void* out) const;
-    [[noreturn]] void refuse(const std::string& reason) const;
+    [[noreturn]] void refuse(const std::string& reason) const;  // the header
 
     InputFile file_;
     TokenType type_ = TokenType::kInt32;
@@ -66,9 +68,17 @@ class Reader {
     // The range of a document's tokens: first, count. BadFile if its entries are not a range of the .bin.
     std::pair<std::uint64_t, std::uint64_t> document(std::uint64_t number) const;
 
+    // The first tokens of all documents that start in tokens [first, end), rising; one without tokens starts where the
+    // next one does. Two binary searches: of the index, no more is read than the entries of these documents.
+    std::vector<std::int64_t> documents_between(std::int64_t first, std::int64_t end) const;
+
     void verify() const;  // every entry of the index
 
    private:
+    std::int64_t place_of(std::int64_t sequence) const;  // its first byte in the .bin; BadFile if there is none
+    std::int64_t start_of(std::uint64_t document) const;  // its first token
+    std::uint64_t first_from(std::int64_t token) const;   // the first document that starts there or later
+
     Index index_;
     InputFile bin_;
 };
@@ -83,9 +93,9 @@ void Index::check_lengths(Visit&& visit) const {
         lengths(first, count, length.data());
         offsets(first, count, offset.data());
         for (std::size_t i = 0; i < count; ++i) {
-            if (length[i] < 0) refuse("sequence " + std::to_string(first + i) + " has a negative length");
+            if (length[i] < 0) refuse_entry("sequence " + std::to_string(first + i) + " has a negative length");
             if (static_cast<std::uint64_t>(offset[i]) != end) {
-                refuse("sequence " + std::to_string(first + i) + " does not start where the one before it ends");
+                refuse_entry("sequence " + std::to_string(first + i) + " does not start where the one before it ends");
             }
             end += static_cast<std::uint64_t>(length[i]) * token_size(type_);
         }
@@ -105,10 +115,10 @@ void Index::check_documents(Visit&& visit) const {
             covered = covered && start[i] >= last && static_cast<std::uint64_t>(start[i]) <= sequences_;
             last = start[i];
         }
-        if (!covered) refuse("its documents do not cover its sequences");
+        if (!covered) refuse_entry("its documents do not cover its sequences");
         visit(static_cast<const std::int64_t*>(start.data()), count);
     }
-    if (static_cast<std::uint64_t>(last) != sequences_) refuse("its documents do not cover its sequences");
+    if (static_cast<std::uint64_t>(last) != sequences_) refuse_entry("its documents do not cover its sequences");
 }
 
 }  // namespace megalm

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from megalm._indexed_dataset import OpenFiles, Stream, gather
+from megalm.data.indexed import open_shard
 from megalm.data.manifest import Manifest
 from megalm.errors import UserError
 
@@ -90,6 +91,27 @@ class Source:
         `UserError` names the file, and the place of the token.
         """
         gather_pieces([self], np.zeros(1, np.int64), np.array([start]), np.array([len(out)]), 0, out)
+
+    def document_starts(self, first: int, end: int) -> np.ndarray:
+        """The first tokens of all documents that start in [first, end): int64, rising.
+
+        Of a shard's index, no more is read than binary searches and these documents need.
+        """
+        found = [np.zeros(0, np.int64)]
+        base = 0
+        for shard in self.manifest.shards:
+            stop = base + shard.tokens
+            if base < end and first < stop:
+                reader = open_shard(self.directory, self.manifest, shard)
+                found.append(reader.documents_between(max(first - base, 0), min(end, stop) - base) + base)
+            base = stop
+        return np.concatenate(found)
+
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each sequence, over all shards: int32. Reads a third of every index."""
+        shards = [shard for shard in self.manifest.shards if shard.tokens]
+        lengths = [open_shard(self.directory, self.manifest, shard).lengths() for shard in shards]
+        return np.concatenate([np.zeros(0, np.int32), *lengths])
 
 
 def gather_pieces(

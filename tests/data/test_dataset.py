@@ -142,6 +142,17 @@ def test_a_bin_that_shrinks_while_it_is_open_is_refused_by_name(write_source: Wr
         read(source, 19_999, 2)
 
 
+def test_a_source_tells_where_its_documents_start_over_shards(write_source: WriteSource) -> None:
+    shards = [[[1] * n for n in (3, 0, 2, 5)], [], [[2] * 4], [[], [3], [4, 4], []]]
+    source = Source("one", write_source(shards), "f00d")
+    starts = [0, 3, 3, 5, 10, 14, 14, 15]
+    for first in range(18):
+        for end in range(first, 19):
+            assert source.document_starts(first, end).tolist() == [s for s in starts if first <= s < end]
+    assert source.sequence_lengths().tolist() == [3, 0, 2, 5, 4, 0, 1, 2, 0]
+    assert Source("none", write_source([], name="none"), "f00d").sequence_lengths().tolist() == []
+
+
 def open_under(directory: Path) -> list[str]:
     links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _exists(fd)]
     return sorted(Path(link).name for link in links if link.startswith(str(directory)))

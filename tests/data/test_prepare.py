@@ -60,10 +60,11 @@ def documents(directory: Path) -> list[str]:
     tokenizer = load_tokenizer(manifest.tokenizer.path)
     texts = []
     for shard in manifest.shards:
-        index, tokens = open_shard(directory, manifest, shard)
-        index.verify()
+        reader = open_shard(directory, manifest, shard)
+        tokens = reader.read(0, reader.tokens)
+        reader.verify()
         ends = np.flatnonzero(tokens == tokenizer.eod)
-        assert ends.tolist() == (np.cumsum(index.lengths) - 1).tolist(), "each document ends with the token for it"
+        assert ends.tolist() == (np.cumsum(reader.lengths()) - 1).tolist(), "each document ends with the token for it"
         texts += [
             tokenizer.decode(tokens[start : end + 1]) for start, end in zip([0, *ends[:-1] + 1], ends, strict=True)
         ]

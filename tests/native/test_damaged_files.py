@@ -70,6 +70,8 @@ def test_a_damaged_shard_is_read_or_refused_by_name(
     if intact:
         reader = Reader(prefix)
         attempt(directory, read_everything, reader)
+        attempt(directory, reader.documents_between, 0, reader.tokens // 2 + 1)
+        attempt(directory, reader.documents_between, reader.tokens // 3, 2**62)
         readable = [attempt(directory, reader.document, number) for number in range(min(reader.documents, 20))]
         intact = attempt(directory, reader.verify)
         if intact:

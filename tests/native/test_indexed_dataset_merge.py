@@ -59,7 +59,7 @@ def damage_lengths(prefix: Path) -> None:
         (lambda b: None, r"b\.idx: the file is missing"),
         (
             lambda b: damage_lengths(write_files(b, [[[1], [2, 3]]], "uint16")),
-            r"b\.idx: corrupt index: sequence 1 does",
+            r"b\.idx: damaged: sequence 1 does",
         ),
         (lambda b: write_files(b, [[[1]]], "uint16").with_suffix(".bin").write_bytes(b"123"), r"b\.bin: too long"),
     ],

@@ -95,9 +95,9 @@ def test_every_truncation_of_an_index_is_refused_by_name(tmp_path: Path) -> None
         (26, struct.pack("<Q", 0), "no document table"),
         (26, struct.pack("<Q", 5), "3 sequences and 4 documents"),
         (26, struct.pack("<Q", 2**64 - 1), "18446744073709551614 documents"),
-        (42, struct.pack("<i", -1), "the last sequence has -1 tokens from byte 8 on"),
-        (62, struct.pack("<q", -2), "the last sequence has 4 tokens from byte -2 on"),
-        (62, struct.pack("<q", 3), "the last sequence has 4 tokens from byte 3 on"),
+        (42, struct.pack("<i", -1), "the last sequence has -1 tokens from byte 8"),
+        (62, struct.pack("<q", -2), "the last sequence has 4 tokens from byte -2"),
+        (62, struct.pack("<q", 3), "the last sequence has 4 tokens from byte 3"),
     ],
 )
 def test_a_header_that_cannot_be_is_refused_with_the_reason(
@@ -125,14 +125,14 @@ def test_a_header_that_cannot_be_is_refused_with_the_reason(
 def test_verify_finds_the_wrong_entry(tmp_path: Path, offset: int, content: bytes, reason: str) -> None:
     prefix = write_files(tmp_path / "shard", DOCUMENTS, "uint16")
     patch(tmp_path / "shard.idx", offset, content)
-    with pytest.raises(UserError, match=rf"{tmp_path}/shard\.idx: corrupt index: .*{reason}"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/shard\.idx: damaged: .*{reason}"):
         Reader(prefix).verify()
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda whole: whole[:-1], "too short: 15 bytes, while its index tells of 16"),
+        (lambda whole: whole[:-1], "too short: 15 bytes, while .*shard.idx tells of 16"),
         (lambda whole: whole + b"\0\0", "too long: 18 bytes"),
     ],
 )
@@ -156,6 +156,19 @@ def test_missing_files_and_directories_are_refused_by_name(tmp_path: Path) -> No
         with pytest.raises(UserError, match=rf"{tmp_path}/shard\{suffix}: this is not a regular file"):
             Reader(prefix)
         prefix.with_suffix(suffix).rmdir()
+
+
+@given(st.data(), st.sampled_from(["uint16", "int32"]))
+def test_documents_are_found_by_the_tokens_they_start_at(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, dtype: str
+) -> None:
+    documents = data.draw(documents_of(dtype, 20))
+    reader = Reader(write_files(tmp_path_factory.mktemp("between") / "shard", documents, dtype))
+    lengths = [sum(map(len, document)) for document in documents]
+    starts = np.cumsum([0, *lengths])[:-1].tolist()
+    for first in range(-1, reader.tokens + 2):
+        for end in (first, first + 1, first + 7, reader.tokens + 1):
+            assert reader.documents_between(first, end).tolist() == [start for start in starts if first <= start < end]
 
 
 def test_what_is_not_there_is_an_index_error(tmp_path: Path) -> None:
