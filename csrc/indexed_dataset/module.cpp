@@ -191,8 +191,8 @@ void translate(std::exception_ptr pointer) {
 
 constexpr const char* kAppend = R"(Appends documents; `lengths` says how many tokens each has.
 
-`tokens` is int32 or uint32, `lengths` is int64. Nothing is written if a token does not fit the dtype or the lengths do not add up (ValueError that names the file).
-After an OSError (a full disk) the shard is discarded.)";
+`tokens` is int32 or uint32, `lengths` is int64. Nothing is written if a token does not fit the dtype or the lengths do
+not add up (ValueError that names the file). After an OSError (a full disk) the shard is discarded.)";
 
 constexpr const char* kGather = R"(Copies pieces of token streams into `out`, one after the other, without the GIL.
 
@@ -306,7 +306,7 @@ void bind_streams(py::module_& m) {
         .def(py::init<>())
         .def("empty", &empty<std::int64_t>, py::arg("shape"), "An uninitialised int64 array.");
     m.def("assemble", &assemble, py::arg("tokens_BS1").noconvert(), py::arg("eod"), py::arg("memory").none(false),
-          "Tokens, labels, loss mask, positions, segments of int64[B, S + 1]; with `eod`, documents end with that token.");
+          "Tokens, labels, loss mask, positions, segments of int64[B, S + 1]; with `eod`, documents end with it.");
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -253,6 +254,22 @@ def test_pieces_are_read_from_and_into_unaligned_arrays(write_source: WriteSourc
     out = unaligned([-1] * 4)
     gather_pieces([source], unaligned([0, -1]), unaligned([1, 0]), unaligned([2, 2]), 9, out)
     assert out.tolist() == [8, 0, 9, 9]
+
+
+def test_other_threads_run_while_pieces_are_gathered(write_source: WriteSource) -> None:
+    directory = write_source([[[1]]])
+    tokens = 10_000_000
+    with (directory / "shard-00000.bin").open("wb") as file:
+        file.truncate(4 * tokens)  # zeros that take no place on the disk
+    manifest = (directory / "manifest.json").read_text()
+    (directory / "manifest.json").write_text(manifest.replace('"tokens": 1,', f'"tokens": {tokens},'))
+    source = Source("s", directory, "f00d")
+    thread = threading.Thread(target=source.read, args=(0, np.empty(tokens, np.int64)))
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        turns += 1
+    assert turns > 100  # a few at most if the lock were kept
 
 
 def test_threads_that_share_open_files_read_what_is_there(write_source: WriteSource) -> None:
