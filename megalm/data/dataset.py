@@ -128,4 +128,5 @@ def gather_pieces(
     source -1 stands for `length_P[p]` times the token `eod`. All int64. Raises what `Source.read` raises.
     """
     streams = {number: sources[number].stream for number in set(source_P.tolist()) if number != -1}
+    source_P, start_P, length_P = (np.ascontiguousarray(column) for column in (source_P, start_P, length_P))
     gather(streams, source_P, start_P, length_P, eod, out)
