@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from indexed_files import CODES, content, documents_of, read_files, write_files
+from unlocked import lets_other_threads_run
 
-from megalm._indexed_dataset import merge
+from megalm._indexed_dataset import BatchMemory, Reader, assemble, merge
 from megalm.errors import UserError
 
 
@@ -93,17 +93,23 @@ def large(prefix: Path, size: int) -> Path:
     return prefix
 
 
-def test_progress_is_told_and_other_threads_run_meanwhile(tmp_path: Path) -> None:
+def test_progress_is_told_every_now_and_then_and_at_the_end(tmp_path: Path) -> None:
     size = 150 << 20
     large(tmp_path / "a", size)
     told: list[tuple[int, int]] = []
-    thread = threading.Thread(target=merge, args=([tmp_path / "a"], tmp_path / "b", lambda *now: told.append(now)))
-    thread.start()
-    turns = 0
-    while thread.is_alive():
-        turns += 1
-    assert turns > 100  # one at most if the lock were kept
+    merge([tmp_path / "a"], tmp_path / "b", lambda *now: told.append(now))
     assert told == [(64 << 20, size), (128 << 20, size), (size, size)]
+
+
+def test_other_threads_run_while_the_native_calls_do(tmp_path: Path) -> None:
+    prefix = large(tmp_path / "a", 20 << 20)
+    reader = Reader(prefix)
+    rows = np.zeros((100, 4097), np.int64)
+    memory = BatchMemory()
+    assert lets_other_threads_run(lambda: merge([prefix], tmp_path / "b"))
+    assert lets_other_threads_run(lambda: reader.read(0, reader.tokens))
+    assert lets_other_threads_run(reader.verify)
+    assert lets_other_threads_run(lambda: assemble(rows, 0, memory))
 
 
 def test_an_interrupt_ends_a_merge_and_leaves_nothing(tmp_path: Path) -> None:
@@ -131,7 +137,7 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path) -> None:
     script = f"""
 import resource
 from pathlib import Path
-from megalm._indexed_dataset import merge
+from megalm._indexed_dataset import BatchMemory, Reader, assemble, merge
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + (8 << 20),) * 2)
 merge([{str(tmp_path / "a")!r}] * 2, {str(tmp_path / "b")!r})
