@@ -1,6 +1,5 @@
 // The Python module megalm._indexed_dataset.
 
-#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
