@@ -16,18 +16,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from megalm._indexed_dataset import Writer
+from megalm._indexed_dataset import merge
 from megalm.cli import exit_code, show
 from megalm.cli.data import num_cpus, show_report
-from megalm.data.indexed import open_shard
-from megalm.data.manifest import Manifest
 from megalm.data.prepare import Progress, Settings, prepare
 from megalm.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megalm.errors import UserError
-
-DOCUMENTS = 1 << 14  # copied at a time
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,22 +87,9 @@ def _preprocess(options: argparse.Namespace, tokenizer: Tokenizer, key: str) -> 
             say=lambda line: print(line, file=sys.stderr),
         )
     assert report.manifest is not None
-    merge(parts, report.manifest, prefix)
+    merge([parts / shard.name for shard in report.manifest.shards], prefix)
     shutil.rmtree(parts)
     show_report(report, prefix, watch.seconds)
-
-
-def merge(directory: Path, manifest: Manifest, prefix: Path) -> None:
-    """Writes the shards of a prepared directory, one after the other, as PREFIX.bin and PREFIX.idx."""
-    with Writer(prefix, manifest.dtype) as writer:
-        for shard in manifest.shards:
-            index, tokens = open_shard(directory, manifest, shard)
-            start = 0
-            for first in range(0, index.num_documents, DOCUMENTS):
-                lengths = np.array(index.lengths[first : first + DOCUMENTS], np.int64)
-                end = start + int(lengths.sum())
-                writer.append(tokens[start:end].astype(np.int32), lengths)
-                start = end
 
 
 def _from_model(options: argparse.Namespace) -> Tokenizer:

@@ -8,10 +8,6 @@
 #include <filesystem>
 #include <utility>
 
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the indexed dataset is little-endian, and so must be the machine that writes it"
-#endif
-
 namespace megalm {
 
 namespace {
@@ -33,10 +29,21 @@ void sync_descriptor(int descriptor, const std::string& path) {
     if (status < 0) throw FileError(errno, path);
 }
 
-}  // namespace
+// Makes renames inside the directory of `path` durable.
+void sync_directory_of(const std::string& path) {
+    const std::string parent = std::filesystem::path(path).parent_path().string();
+    const std::string directory = parent.empty() ? "." : parent;
+    const int descriptor = open_retrying(directory, O_RDONLY | O_DIRECTORY, directory);
+    try {
+        sync_descriptor(descriptor, directory);
+    } catch (...) {
+        ::close(descriptor);
+        throw;
+    }
+    ::close(descriptor);
+}
 
-FileError::FileError(int code, std::string path)
-    : std::runtime_error(path + ": " + std::strerror(code)), code(code), path(std::move(path)) {}
+}  // namespace
 
 AtomicFile::AtomicFile(const std::string& path) : path_(path) {
     const std::filesystem::path whole(path);
@@ -96,17 +103,16 @@ void AtomicFile::withdraw() noexcept {
     if (published_) ::unlink(path_.c_str());
 }
 
-void sync_directory_of(const std::string& path) {
-    const std::string parent = std::filesystem::path(path).parent_path().string();
-    const std::string directory = parent.empty() ? "." : parent;
-    const int descriptor = open_retrying(directory, O_RDONLY | O_DIRECTORY, directory);
+void publish_pair(AtomicFile& bin, AtomicFile& idx) {
     try {
-        sync_descriptor(descriptor, directory);
+        bin.publish();
+        idx.publish();
+        sync_directory_of(bin.path());
     } catch (...) {
-        ::close(descriptor);
+        bin.withdraw();
+        idx.withdraw();
         throw;
     }
-    ::close(descriptor);
 }
 
 }  // namespace megalm

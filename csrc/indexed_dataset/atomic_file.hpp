@@ -4,20 +4,13 @@
 
 #include <cstddef>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
-namespace megalm {
+#include "errors.hpp"
 
-// A system call on `path` failed with errno `code`; becomes Python's OSError(code, strerror, path).
-class FileError : public std::runtime_error {
-   public:
-    FileError(int code, std::string path);
-    int code;
-    std::string path;
-};
+namespace megalm {
 
 class AtomicFile {
    public:
@@ -57,7 +50,7 @@ class AtomicFile {
     bool published_ = false;
 };
 
-// Makes renames inside the directory of `path` durable.
-void sync_directory_of(const std::string& path);
+// Publishes a synced .bin and .idx together, durably; neither has its name if that fails.
+void publish_pair(AtomicFile& bin, AtomicFile& idx);
 
 }  // namespace megalm

@@ -10,18 +10,7 @@ namespace megalm {
 
 namespace {
 
-constexpr std::array<char, 9> kMagic = {'M', 'M', 'I', 'D', 'I', 'D', 'X', '\0', '\0'};
-constexpr std::uint64_t kVersion = 1;
 constexpr std::size_t kBlock = std::size_t{1} << 15;  // tokens converted at a time
-
-std::int64_t token_size(TokenType type) { return type == TokenType::kUint16 ? 2 : 4; }
-
-template <typename T>
-T load(const void* array, std::size_t index) {
-    T value;
-    std::memcpy(&value, static_cast<const char*>(array) + index * sizeof(T), sizeof(T));
-    return value;
-}
 
 // Every token fits if the bitwise or of all does: the limits are all ones, and a negative has the highest bit.
 template <typename Token>
@@ -74,6 +63,14 @@ void write_converted(AtomicFile& file, const void* tokens, std::size_t count) {
 
 }  // namespace
 
+void write_header(AtomicFile& idx, TokenType type, std::uint64_t sequences, std::uint64_t documents) {
+    idx.write(kMagic.data(), kMagic.size());
+    idx.put(kVersion);
+    idx.put(static_cast<std::uint8_t>(type));
+    idx.put(sequences);
+    idx.put(documents + 1);
+}
+
 Writer::Writer(const std::string& prefix, TokenType type) : prefix_(prefix), type_(type) {
     bin_.emplace(prefix + ".bin");
 }
@@ -115,16 +112,12 @@ template void Writer::append<std::uint32_t>(const void*, std::size_t, const void
 void Writer::write_index() {
     AtomicFile& idx = idx_.emplace(prefix_ + ".idx");
     const std::uint64_t documents = lengths_.size();
-    idx.write(kMagic.data(), kMagic.size());
-    idx.put(kVersion);
-    idx.put(static_cast<std::uint8_t>(type_));
-    idx.put(documents);
-    idx.put(documents + 1);
+    write_header(idx, type_, documents, documents);
     for (const std::int32_t length : lengths_) idx.put(length);
     std::int64_t offset = 0;
     for (const std::int32_t length : lengths_) {
         idx.put(offset);
-        offset += length * token_size(type_);
+        offset += length * static_cast<std::int64_t>(token_size(type_));
     }
     for (std::uint64_t document = 0; document <= documents; ++document) idx.put(static_cast<std::int64_t>(document));
     idx.sync();
@@ -136,12 +129,8 @@ void Writer::finish() {
     try {
         bin.sync();
         write_index();
-        bin.publish();
-        idx_->publish();
-        sync_directory_of(prefix_);
+        publish_pair(bin, *idx_);
     } catch (...) {
-        bin.withdraw();
-        if (idx_) idx_->withdraw();
         idx_.reset();
         bin_.reset();
         throw;

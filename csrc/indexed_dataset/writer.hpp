@@ -1,12 +1,7 @@
 // Writes one shard of an indexed dataset: PREFIX.bin and PREFIX.idx, Megatron's format byte for byte.
 //
-//   .bin   the documents' tokens, back to back
-//   .idx   "MMIDIDX\0\0", u64 version = 1, u8 dtype code, u64 S, u64 D + 1      34 bytes
-//          i32[S] lengths in tokens, i64[S] byte offsets, i64[D + 1] first sequence of each document
-//
 // Each document is one sequence, so S = D and the last table counts 0, 1, ..., D. Offsets are the running sum of the
 // lengths: what is kept in memory is 4 bytes a document, and the rest is computed when the shard is finished.
-// Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 
 #pragma once
 
@@ -18,14 +13,16 @@
 #include <string>
 
 #include "atomic_file.hpp"
+#include "format.hpp"
 
 namespace megalm {
 
-enum class TokenType : std::uint8_t { kInt32 = 4, kUint16 = 8 };  // Megatron's codes
+// The first kHeaderSize bytes of an .idx.
+void write_header(AtomicFile& idx, TokenType type, std::uint64_t sequences, std::uint64_t documents);
 
 class Writer {
    public:
-    Writer(const std::string& prefix, TokenType type);
+    Writer(const std::string& prefix, TokenType type);  // kUint16 or kInt32
 
     // Appends documents: `lengths[i]` of the tokens each, in order. Token and length arrays may be unaligned.
     // Nothing is written if a token does not fit the type or the lengths do not add up (std::invalid_argument);

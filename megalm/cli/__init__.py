@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 import megalm
-from megalm.cli import config, curate, data, evaluate, generate, inspect, tokenizer, train
+from megalm.cli import config, curate, data, evaluate, generate, inspect, merge, tokenizer, train
 from megalm.errors import UserError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ data.app.command("inspect")(inspect.inspect)
 data.app.command("verify")(inspect.verify)
 data.app.command("dedup")(curate.dedup)
 data.app.command("filter")(curate.filter_)
+data.app.command("merge")(merge.merge)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command("train")(train.train)

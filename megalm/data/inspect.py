@@ -33,9 +33,7 @@ def documents(directory: Path, manifest: Manifest, tokenizer: Tokenizer, count: 
     first = 0
     for shard in manifest.shards:
         while number is not None and number < first + shard.documents:
-            index, tokens = open_shard(directory, manifest, shard)
-            start = int(index.offsets[number - first]) // tokens.itemsize
-            ids = tokens[start : start + int(index.lengths[number - first])]
+            ids = open_shard(directory, manifest, shard).document(number - first)
             yield Document(shard.name, number - first, len(ids), tokenizer.decode(ids))
             number = next(wanted, None)
         first += shard.documents

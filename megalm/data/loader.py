@@ -1,6 +1,6 @@
 """Micro-batches: what the model reads, for any range of samples, as a pure function of that range.
 
-    samples [first, first + B) --Order--> places --Source.read--> tokens [B, S + 1] --assemble--> MicroBatch
+    samples [first, first + B) --Order--> places --gather_pieces--> tokens [B, S + 1] --assemble--> MicroBatch
 
 The loader's state is one integer, the samples consumed so far; its `fingerprint` names all else that decides the order,
 so a run that goes on with other data can be refused.
@@ -27,7 +27,9 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from megalm.data.dataset import Source
+from megalm._indexed_dataset import BatchMemory
+from megalm._indexed_dataset import assemble as native_assemble
+from megalm.data.dataset import Source, gather_pieces
 from megalm.data.order import Blend, Order, Samples
 from megalm.errors import UserError
 
@@ -52,27 +54,16 @@ class MicroBatch:
     sequence_length: int
 
 
-def assemble(tokens_BS1: np.ndarray, sources_B: np.ndarray, eod: int, document_attention: bool) -> MicroBatch:
-    """The micro-batch of B sequences of S tokens and one more, int64[B, S + 1]."""
-    sequences, length = len(tokens_BS1), tokens_BS1.shape[1] - 1
-    tokens_T = tokens_BS1[:, :-1].reshape(-1)
-    total = len(tokens_T)
-    segment_starts = np.arange(sequences) * length
-    loss_mask_T = np.ones(total, bool)
-    if document_attention:
-        eods = np.flatnonzero(tokens_T == eod)
-        loss_mask_T[eods] = False
-        segment_starts = np.union1d(segment_starts, eods[eods < total - 1] + 1)
-    segments = np.append(segment_starts, total)
-    return MicroBatch(
-        tokens_T=tokens_T,
-        labels_T=tokens_BS1[:, 1:].reshape(-1),
-        loss_mask_T=loss_mask_T,
-        positions_T=np.arange(total) - np.repeat(segment_starts, np.diff(segments)),
-        segments=segments.astype(np.int32),
-        sources_B=sources_B,
-        sequence_length=length,
-    )
+def assemble(
+    tokens_BS1: np.ndarray,
+    sources_B: np.ndarray,
+    eod: int,
+    document_attention: bool,
+    memory: BatchMemory | None = None,
+) -> MicroBatch:
+    """The micro-batch of B sequences of S tokens and one more, int64[B, S + 1]; its arrays are taken from `memory`."""
+    arrays = native_assemble(tokens_BS1, eod if document_attention else None, memory or BatchMemory())
+    return MicroBatch(*arrays, sources_B=sources_B, sequence_length=tokens_BS1.shape[1] - 1)
 
 
 def windows(
@@ -86,12 +77,14 @@ def windows(
     document_attention: bool,
 ) -> Iterator[MicroBatch]:
     """`count` sequences of `length` tokens, back to back from token `first` of a source; `number` goes to sources_B."""
+    memory = BatchMemory()
     for done in range(0, count, micro_size):
         sequences = min(micro_size, count - done)
-        tokens_BS1 = np.empty((sequences, length + 1), np.int64)
-        for sequence, row in enumerate(tokens_BS1, done):
-            source.read(first + sequence * length, row)
-        yield assemble(tokens_BS1, np.full(sequences, number), eod, document_attention)
+        tokens_BS1 = memory.empty((sequences, length + 1))
+        start_B = first + (done + np.arange(sequences)) * length
+        same_B = np.zeros(sequences, np.int64)
+        gather_pieces([source], same_B, start_B, same_B + length + 1, eod, tokens_BS1.reshape(-1))
+        yield assemble(tokens_BS1, same_B + number, eod, document_attention, memory)
 
 
 class Loader:
@@ -122,6 +115,7 @@ class Loader:
         self._splits = [source.split(sequence_length, validation_samples) for source in sources]
         self._length, self._eod, self._document_attention = sequence_length, eod, document_attention
         self._prefetch = prefetch
+        self._memory = BatchMemory()
         blend = Blend(weights)
         self._order = Order(
             names=self.source_names,
@@ -183,7 +177,8 @@ class Loader:
         return [self._gather(Samples(source_B, start_B)) for source_B, start_B in portions]
 
     def _gather(self, samples: Samples) -> MicroBatch:
-        tokens_BS1 = np.empty((len(samples.source_B), self._length + 1), np.int64)
-        for source, start, row in zip(samples.source_B.tolist(), samples.start_B.tolist(), tokens_BS1, strict=True):
-            self._sources[source].read(start, row)
-        return assemble(tokens_BS1, samples.source_B, self._eod, self._document_attention)
+        tokens_BS1 = self._memory.empty((len(samples.source_B), self._length + 1))
+        length_B = np.full(len(tokens_BS1), self._length + 1)
+        out = tokens_BS1.reshape(-1)
+        gather_pieces(self._sources, samples.source_B, samples.start_B, length_B, self._eod, out)
+        return assemble(tokens_BS1, samples.source_B, self._eod, self._document_attention, self._memory)

@@ -164,7 +164,7 @@ def _typed(kind: type, fields: dict[str, Any]) -> Any:
 
 
 def _count(value: Any, name: str = "count") -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 2**63:
         raise TypeError(f"{name} is not a count")
     return value
 

@@ -54,8 +54,7 @@ def _verify_shard(directory: Path, manifest: Manifest, shard: Shard, advance: Ca
     if problems:  # whose fault it is that the two do not fit together is known
         return problems
     try:
-        index, _ = open_shard(directory, manifest, shard)
-        index.verify()
+        open_shard(directory, manifest, shard).verify()
     except UserError as error:
         problems.append(str(error).removesuffix(": prepare the data again"))
     return problems

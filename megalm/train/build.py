@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megalm.config.sections import Config, Model, known
-from megalm.data.dataset import Source
+from megalm.data.dataset import OpenFiles, Source
 from megalm.data.loader import Loader, MicroBatch
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import UserError
@@ -68,7 +68,8 @@ def build_inputs(config: Config) -> Inputs:
     """Steps 1 to 3: raises a UserError for whatever is wrong, and writes nothing."""
     tokenizer = load_tokenizer(config.tokenizer.path)
     config = with_vocabulary(config, tokenizer)
-    sources = [Source(s.name, s.path, tokenizer.fingerprint) for s in config.data.sources]
+    files = OpenFiles()
+    sources = [Source(s.name, s.path, tokenizer.fingerprint, files) for s in config.data.sources]
     loader = Loader(
         sources,
         [source.weight for source in config.data.sources],

@@ -4,16 +4,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megalm.data.dataset import Source
-from megalm.data.loader import Loader, MicroBatch, assemble
+from megalm.data.loader import Loader, MicroBatch
 from megalm.errors import UserError
 
 WriteSource = Callable[..., Path]
@@ -65,58 +62,6 @@ def join(parts: list[MicroBatch]) -> MicroBatch:
         for field in ("tokens_T", "labels_T", "loss_mask_T", "positions_T", "sources_B")
     }
     return MicroBatch(segments=np.concatenate([[0], *segments]), sequence_length=parts[0].sequence_length, **flat)
-
-
-def slow_assemble(rows: list[list[int]], document_attention: bool) -> dict[str, list]:
-    """The same, token by token."""
-    result: dict[str, list] = {name: [] for name in ("tokens", "labels", "loss_mask", "positions", "segments")}
-    for row in rows:
-        position, new_segment = 0, True
-        for token, label in pairwise(row):
-            if new_segment:
-                result["segments"].append(len(result["tokens"]))
-                position, new_segment = 0, False
-            ends_document = document_attention and token == EOD
-            result["tokens"].append(token)
-            result["labels"].append(label)
-            result["loss_mask"].append(not ends_document)
-            result["positions"].append(position)
-            position += 1
-            new_segment = ends_document
-    result["segments"].append(len(result["tokens"]))
-    return result
-
-
-@given(
-    rows=st.integers(1, 12).flatmap(
-        lambda length: st.lists(
-            st.lists(st.integers(0, 3), min_size=length + 1, max_size=length + 1), min_size=1, max_size=6
-        )
-    ),
-    document_attention=st.booleans(),
-)
-def test_documents_positions_and_masks_equal_those_found_token_by_token(
-    rows: list[list[int]], document_attention: bool
-) -> None:
-    batch = assemble(np.array(rows, np.int64), np.zeros(len(rows), np.int64), EOD, document_attention)
-    slow = slow_assemble(rows, document_attention)
-    assert batch.tokens_T.tolist() == slow["tokens"]
-    assert batch.labels_T.tolist() == slow["labels"]
-    assert batch.loss_mask_T.tolist() == slow["loss_mask"]
-    assert batch.positions_T.tolist() == slow["positions"]
-    assert batch.segments.tolist() == slow["segments"]
-    assert batch.sequence_length == len(rows[0]) - 1
-    types = [batch.tokens_T.dtype, batch.labels_T.dtype, batch.positions_T.dtype, batch.segments.dtype]
-    assert types == [np.int64, np.int64, np.int64, np.int32]
-
-
-def test_the_example_in_the_loaders_header_is_true() -> None:
-    a, b, c, d, e, f, g, h = range(1, 9)
-    rows = np.array([[a, b, EOD, c, d, e], [e, EOD, EOD, f, g, h]])
-    batch = assemble(rows, np.zeros(2, np.int64), EOD, document_attention=True)
-    assert batch.loss_mask_T.astype(int).tolist() == [1, 1, 0, 1, 1, 1, 0, 0, 1, 1]
-    assert batch.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 0, 1]
-    assert batch.segments.tolist() == [0, 3, 5, 7, 8, 10]
 
 
 def test_samples_do_not_depend_on_how_they_are_cut_into_micro_batches(loader: Loader) -> None:

@@ -57,10 +57,11 @@ def documents(directory: Path) -> list[str]:
     tokenizer = load_tokenizer(manifest.tokenizer.path)
     texts = []
     for shard in manifest.shards:
-        index, tokens = open_shard(directory, manifest, shard)
-        index.verify()
+        reader = open_shard(directory, manifest, shard)
+        tokens = reader.read(0, reader.tokens)
+        reader.verify()
         ends = np.flatnonzero(tokens == tokenizer.eod)
-        assert ends.tolist() == (np.cumsum(index.lengths) - 1).tolist(), "each document ends with the token for it"
+        assert ends.tolist() == (np.cumsum(reader.lengths()) - 1).tolist(), "each document ends with the token for it"
         texts += [
             tokenizer.decode(tokens[start : end + 1]) for start, end in zip([0, *ends[:-1] + 1], ends, strict=True)
         ]
@@ -221,12 +222,8 @@ def test_documents_without_an_end_are_told_apart_by_the_index_alone(tmp_path: Pa
     report = prepare([tmp_path / "in"], "byte", tmp_path / "out", Settings(append_eod=False, shuffle=False))
     assert report.manifest is not None
     (shard,) = report.manifest.shards
-    index, tokens = open_shard(tmp_path / "out", report.manifest, shard)
-    ends = np.cumsum(index.lengths)
-    found = [
-        bytes(tokens[end - length : end].astype(np.uint8)).decode()
-        for end, length in zip(ends, index.lengths, strict=True)
-    ]
+    reader = open_shard(tmp_path / "out", report.manifest, shard)
+    found = [bytes(reader.document(i).astype(np.uint8)).decode() for i in range(reader.documents)]
     in_order = [*corpus[:30], corpus[38], corpus[39], *corpus[30:38]]
     assert found == in_order
 
