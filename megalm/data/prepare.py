@@ -266,7 +266,8 @@ class _Run:
         return sum(piece.disk_bytes for piece in self._units[number])
 
 
-class _Worker(NamedTuple):
+@dataclass(frozen=True)
+class _Worker:
     """Does units in a process of its own. While it lives it shares `use_lock`, so that nobody takes its files for
     leftovers."""
 
