@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import megalm
-from megalm.cli import config, data, evaluate, generate, tokenizer, train
+from megalm.cli import config, data, evaluate, generate, tokenizer, trace, train
 from megalm.errors import UserError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
     help="Pre-trains base language models: from a folder of text to a checkpoint, on any number of devices.",
 )
 app.add_typer(config.app, name="config")
+data.app.command("trace")(trace.trace)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command("train")(train.train)

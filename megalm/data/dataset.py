@@ -10,6 +10,8 @@ index headers and the file sizes only.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,11 @@ class Split:
     held_out_start: int
     """First token that is held out; held-out window v starts at this + v * length."""
 
+    @property
+    def training_tokens(self) -> int:
+        """Tokens that are not held out: the first ones."""
+        return self.held_out_start
+
 
 class Source:
     """A prepared directory as one token stream; `tokens` is its length.
@@ -56,11 +63,9 @@ class Source:
         # As unsigned numbers, so that one comparison finds negative ids too; and as plain arrays, which slice faster.
         unsigned = np.dtype(self.manifest.dtype.replace("int32", "uint32")).newbyteorder("<")
         self._shards = [s for s in self.manifest.shards if s.tokens]
-        self._arrays = [
-            np.asarray(open_shard(self.directory, self.manifest, shard)[1]).view(unsigned)
-            for shard in self.manifest.shards
-            if shard.tokens
-        ]
+        opened = [open_shard(self.directory, self.manifest, shard) for shard in self._shards]
+        self._indices = [index for index, _ in opened]
+        self._arrays = [np.asarray(tokens).view(unsigned) for _, tokens in opened]
         self._ends = np.cumsum([len(array) for array in self._arrays], dtype=np.int64)
         self.tokens = self.manifest.tokens
 
@@ -94,6 +99,32 @@ class Source:
             filled += len(piece)
             shard += 1
 
+    def document_starts(self, first: int, end: int) -> np.ndarray:
+        """The first tokens of all documents that start in [first, end): int64, rising.
+
+        Two binary searches in each shard that the range touches; of its index no more is read.
+        """
+        found = []
+        for index, stop in zip(self._indices, self._ends.tolist(), strict=True):
+            base = stop - index.num_tokens
+            if base >= end or stop <= first:
+                continue
+            size = index.dtype.itemsize
+            # bisect, because numpy's search would first copy the unaligned array whole.
+            low, high = (
+                bisect_left(index.documents, bisect_left(index.offsets, (token - base) * size), hi=index.num_documents)
+                for token in (first, end)
+            )
+            sequences = np.array(index.documents[low:high])
+            if len(sequences):
+                offsets = np.array(index.offsets[sequences[0] : sequences[-1] + 1])
+                found.append(offsets[sequences - sequences[0]] // size + base)
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each sequence, over all shards: int32. Reads a third of every index."""
+        return np.concatenate([index.lengths for index in self._indices]) if self._indices else np.zeros(0, np.int32)
+
     def _refuse(self, shard: int, offset: int, piece: np.ndarray) -> None:
         vocab_size = self.manifest.tokenizer.vocab_size
         wrong = int(np.argmax(piece >= vocab_size))
@@ -103,3 +134,24 @@ class Source:
             f"{piece.astype(self.manifest.dtype)[wrong]}, outside of the tokenizer's {vocab_size} ids: "
             "prepare the data again"
         )
+
+
+def gather_pieces(
+    sources: Sequence[Source],
+    source_P: np.ndarray,
+    start_P: np.ndarray,
+    length_P: np.ndarray,
+    eod: int,
+    out: np.ndarray,
+) -> None:
+    """Copies pieces into `out`, int64, one after the other; a negative source is `length` end-of-document tokens.
+
+    A token id outside of the tokenizer's vocabulary is damage: a `UserError` names the file and its offset.
+    """
+    end = 0
+    for source, start, length in zip(source_P.tolist(), start_P.tolist(), length_P.tolist(), strict=True):
+        begin, end = end, end + length
+        if source < 0:
+            out[begin:end] = eod
+        else:
+            sources[source].read(start, out[begin:end])
