@@ -81,6 +81,7 @@ setup(
         "plot": ["matplotlib"],
         "test": [
             "hypothesis",
+            "megatron-core",
             "mypy",
             "pytest",
             "pytest-timeout",
