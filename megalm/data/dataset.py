@@ -118,7 +118,8 @@ class Source:
             sequences = np.array(index.documents[low:high])
             if len(sequences):
                 offsets = np.array(index.offsets[sequences[0] : sequences[-1] + 1])
-                found.append(offsets[sequences - sequences[0]] // size + base)
+                starts = offsets[sequences - sequences[0]] // size + base
+                found.append(starts[starts < stop])  # documents without tokens may be at a shard's end
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def sequence_lengths(self) -> np.ndarray:
