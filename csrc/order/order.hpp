@@ -21,8 +21,8 @@ struct Packed {
 // With `open_end`, the last document does not end in the window: it comes after all others, so that no piece but the
 // last of a bin can lack its document's end.
 //
-// Never more than one token of a bin is lost (to padding or to a repeated token), so everything fits if the lengths sum
-// to at most bins * (slots - 1). Throws std::invalid_argument if they do not, or if a length is not positive.
+// While anything is left to place, no bin has lost more than one slot (to a token that is repeated, or to room for one
+// token, which is none for a cut), so everything fits if the lengths sum to at most bins * (slots - 1). Throws std::invalid_argument if they do not, or if a length is not positive.
 Packed pack(const std::int64_t* lengths, std::int64_t count, std::int64_t bins, std::int64_t slots, bool open_end);
 
 // An order of a period's samples, counts[s] of them from source s, in which every prefix is within 1 of every share.

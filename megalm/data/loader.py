@@ -158,7 +158,8 @@ class Loader:
 
     def micro_batch(self, first: int, count: int) -> MicroBatch:
         """Training samples [first, first + count): the same whenever and in whatever portions they are asked for."""
-        return self._gather(*self.order.locate(first, count))
+        source_B, rank_B = self.order.locate(first, count)
+        return assemble(self._gather(source_B, rank_B), source_B, self._eod, self._document_attention)
 
     def stream(
         self,
@@ -201,11 +202,14 @@ class Loader:
         self, first: int, sizes: Sequence[int], rank: int, ranks: int, finish: Callable[[MicroBatch], MicroBatch] | None
     ) -> GlobalBatch:
         source_B, rank_B = self.order.locate(first, sum(sizes) * ranks)
-        ends = rank * sum(sizes) + np.cumsum([0, *sizes])
-        parts = [self._gather(source_B[a:b], rank_B[a:b]) for a, b in pairwise(ends.tolist())]
+        share = slice(rank * sum(sizes), (rank + 1) * sum(sizes))
+        mine, tokens_BS1 = source_B[share], self._gather(source_B[share], rank_B[share])
+        cuts = pairwise(np.cumsum([0, *sizes]).tolist())
+        parts = [assemble(tokens_BS1[a:b], mine[a:b], self._eod, self._document_attention) for a, b in cuts]
         return GlobalBatch([finish(part) for part in parts] if finish else parts, source_B, rank_B)
 
-    def _gather(self, source_B: np.ndarray, rank_B: np.ndarray) -> MicroBatch:
+    def _gather(self, source_B: np.ndarray, rank_B: np.ndarray) -> np.ndarray:
+        """The tokens of samples, int64[B, S + 1]."""
         pieces = self.order.places.pieces(source_B, rank_B)
         tokens_BS1 = np.empty((len(source_B), self._length + 1), np.int64)
         gather_pieces(
@@ -213,4 +217,4 @@ class Loader:
         )
         if self._fim is not None:
             self._fim.apply(tokens_BS1, source_B, rank_B, self.source_names, self._seed, self._eod)
-        return assemble(tokens_BS1, pieces.sample_B_source, self._eod, self._document_attention)
+        return tokens_BS1

@@ -154,10 +154,6 @@ OVERRIDES = [
         "data.split=9,1 has no meaning with data.order='stateless': remove it, or choose order megatron",
     ),
     (
-        "data={order: window, window_tokens: 255}",
-        "data.window_tokens=255 is less than data.sequence_length=256: a window",
-    ),
-    (
         "data.fim={prefix: 1, middle: 1, suffix: 3}",
         "data.fim.prefix, middle and suffix are not three different tokens: give each its own id",
     ),

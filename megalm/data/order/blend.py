@@ -71,6 +71,11 @@ class Blend:
         periods, slots = divmod(samples, self.period)
         return periods * self._counts + np.bincount(self._source[:slots], minlength=len(self.counts))
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the table takes."""
+        return self._source.nbytes + self._rank.nbytes
+
     def describe(self) -> object:
         """The slots of each source."""
         return self.counts

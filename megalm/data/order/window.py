@@ -9,9 +9,10 @@ window a sample is in is arithmetic, as in mode `stateless`: nothing is read or 
 one integer. A window is packed when its first sample is asked for and kept until others push it out. What that needs of
 the shards' .idx is two binary searches and the window's own entries.
 
-That K samples are enough is csrc/order's bound: a sample of S + 1 slots loses at most one of them, to padding or to the
-token that a cut document repeats. Best-fit packing as in arXiv 2404.10830 cuts a document only if it is longer than a
-sample; here the few are cut, too, that fit nowhere whole when the samples fill up, and padding is at most 1 / (S + 1).
+K samples of S + 1 slots are enough for K * S tokens: a document is cut only to fill a sample, which costs that sample
+one slot for the token that is repeated as the label, so no more than one slot a sample is lost while there is anything
+left to place. Best-fit packing as in arXiv 2404.10830 cuts a document only if it is longer than a sample; here the few
+are cut, too, that fit nowhere whole when the samples fill up, and at most 1 / (S + 1) of all slots is padding.
 A document that the window's end cuts loses the prediction across the cut. Documents are told apart in a sample by their
 end-of-document tokens, which `megalm data prepare` writes.
 
@@ -87,13 +88,14 @@ class Window:
         for source, epoch in _distinct(source_B, epoch_B):
             mine = (source_B == source) & (epoch_B == epoch)
             window_B[mine], inside_B[mine] = self._window_of(source, epoch, place_B[mine])
-        samples: list[list[tuple[int, int, int]]] = [[]] * len(source_B)
+        parts = []
         for source, epoch, window in _distinct(source_B, epoch_B, window_B):
-            packed = self._packed(source, epoch, window)
-            for b in np.flatnonzero((source_B == source) & (epoch_B == epoch) & (window_B == window)).tolist():
-                samples[b] = self._sample(source, packed, int(inside_B[b]))
-        flat = np.array([piece for sample in samples for piece in sample], np.int64).reshape(-1, 3)
-        return Pieces(source_B, flat[:, 0], flat[:, 1], flat[:, 2])
+            mine = np.flatnonzero((source_B == source) & (epoch_B == epoch) & (window_B == window))
+            parts.append(self._samples(source, self._packed(source, epoch, window), inside_B[mine], mine))
+        sample_P, *columns = np.concatenate(parts, axis=1) if parts else np.zeros((4, 0), np.int64)
+        by_sample = np.argsort(sample_P, kind="stable")
+        source_P, start_P, length_P = (column[by_sample] for column in columns)
+        return Pieces(source_B, source_P, start_P, length_P)
 
     def _window_of(self, source: int, epoch: int, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The window that holds each place of an epoch, and the place in it.
@@ -139,17 +141,24 @@ class Window:
         item, skip, length, first_piece = pack(lengths[order], samples, self._length + 1, open_end)
         return _shuffled(_Window(first_piece, starts[order][item] + skip, length.astype(np.int32)), key)
 
-    def _sample(self, source: int, packed: _Window, number: int) -> list[tuple[int, int, int]]:
-        """Source, start and length of a sample's pieces.
+    def _samples(self, source: int, packed: _Window, inside: np.ndarray, sample: np.ndarray) -> np.ndarray:
+        """Sample, source, start and length of the pieces of a window's samples `inside`: int64[4, P].
 
         The last piece may lack its document's end, so padding goes before it: else the model would learn to end there.
         """
-        begin, end = packed.first_piece[number : number + 2].tolist()
-        starts, lengths = packed.start_P[begin:end].tolist(), packed.length_P[begin:end].tolist()
-        pieces = [(source, start, length) for start, length in zip(starts, lengths, strict=True)]
-        if padding := self._length + 1 - sum(lengths):
-            pieces.insert(max(0, len(pieces) - 1), (PADDING, 0, padding))
-        return pieces
+        begin = packed.first_piece[inside]
+        count = packed.first_piece[inside + 1] - begin
+        slots = count + 1  # each sample's pieces and its padding, which may be empty
+        number = np.repeat(np.arange(len(inside)), slots)
+        slot = np.arange(len(number)) - np.repeat(np.cumsum(slots) - slots, slots)
+        place = np.maximum(count - 1, 0)[number]
+        text = slot != place
+        piece = (begin[number] + slot - (slot > place))[text]
+        start, length = np.zeros(len(number), np.int64), np.zeros(len(number), np.int64)
+        start[text], length[text] = packed.start_P[piece], packed.length_P[piece]
+        length[~text] = self._length + 1 - np.bincount(number, length, minlength=len(inside)).astype(np.int64)
+        rows = np.stack([sample[number], np.where(text, source, PADDING), start, length])
+        return rows[:, length > 0]
 
     def _key(self, purpose: str, source: int, epoch: int, window: int | None = None) -> int:
         name = self._names[source] if window is None else f"{self._names[source]}/{window}"

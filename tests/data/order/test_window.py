@@ -175,7 +175,7 @@ def test_in_each_epoch_each_prediction_inside_of_a_documents_part_is_made_once(
 
 
 @given(lengths=texts, length=st.integers(1, 12), windows=st.integers(1, 200))
-def test_no_sample_loses_more_than_one_token_unless_it_is_padded_before_its_last_piece(
+def test_a_sample_is_padded_once_at_most_and_before_its_last_piece(
     lengths: list[list[int]], length: int, windows: int
 ) -> None:
     order = make_order(lengths, length, windows, 1)
