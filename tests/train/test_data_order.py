@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import losses, read_metrics, start, wait_for_step, write_config
@@ -23,6 +24,9 @@ MODES = {
     "window": ["data.order=window", "data.window_tokens=2000", "data.fim={prefix: 1, middle: 2, suffix: 3}", STAGES],
     "megatron": ["data.order=megatron", "data.split='90,10'", "data.workers=2"],
 }
+
+
+LOCKED = ("tokens_T", "labels_T", "loss_mask_T", "positions_T")
 
 
 def overrides(data: Path, mode: str) -> list[str]:
@@ -149,10 +153,19 @@ def test_continuing_with_other_data_names_the_source(
     assert "(source 'b' is left out, source 'c' is new; " in capsys.readouterr().err
 
 
+def test_locking_pages_changes_no_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: locked.append(tensor.data_ptr()) or tensor.clone())
+    batch = assemble(torch.arange(20).view(4, 5).numpy(), torch.zeros(4, dtype=torch.int64).numpy(), 7, True)
+    for name, array in vars(pinned(batch)).items():
+        assert np.array_equal(array, getattr(batch, name)), name
+    assert locked == [getattr(batch, name).ctypes.data for name in LOCKED]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_for_a_gpu_are_in_page_locked_memory_and_the_same() -> None:
     batch = assemble(torch.arange(20).view(4, 5).numpy(), torch.zeros(4, dtype=torch.int64).numpy(), 7, True)
     locked = pinned(batch)
-    for name in ("tokens_T", "labels_T", "loss_mask_T", "positions_T"):
+    for name in LOCKED:
         assert torch.from_numpy(getattr(locked, name)).is_pinned()
         assert (getattr(locked, name) == getattr(batch, name)).all()

@@ -6,8 +6,9 @@
 
 A window has as many samples as the sequence length S goes into its tokens, whatever its documents are like. So which
 window a sample is in is arithmetic, as in mode `stateless`: nothing is read or summed up at the start, and the state is
-one integer. A window is packed when its first sample is asked for and kept until others push it out. What that needs of
-the shards' .idx is two binary searches and the window's own entries.
+one integer. A window is packed when its first sample is asked for, which needs two binary searches in the shards' .idx
+and the window's own entries, and is kept until others push it out: 12 bytes for each piece, for about one window a
+source.
 
 K samples of S + 1 slots are enough for K * S tokens: a document is cut only to fill a sample, which costs that sample
 one slot for the token that is repeated as the label, so no more than one slot a sample is lost while there is anything
@@ -34,7 +35,7 @@ from megalm._order import pack
 from megalm.data.order.permutation import Permutation, derive_key
 from megalm.data.order.pieces import PADDING, Pieces
 
-KEPT_A_SOURCE = 2  # packed windows: the one that is read and, while a batch spans two, its neighbour
+SPARE = 8  # packed windows that are kept beside one for each source, for batches that span two
 
 
 class Documents(Protocol):
@@ -120,7 +121,7 @@ class Window:
         packed = self._pack(source, epoch, window)
         with self._lock:
             self._cache[source, epoch, window] = packed
-            while len(self._cache) > KEPT_A_SOURCE * len(self._names):
+            while len(self._cache) > len(self._names) + SPARE:
                 self._cache.popitem(last=False)
         return packed
 
