@@ -190,6 +190,19 @@ def test_a_sample_is_padded_once_at_most_and_before_its_last_piece(
             assert padding[0] == len(pieces.source_P) - 2
 
 
+@given(lengths=texts, length=st.integers(1, 12), windows=st.integers(1, 200))
+def test_every_piece_but_the_last_of_a_sample_ends_with_its_document(
+    lengths: list[list[int]], length: int, windows: int
+) -> None:
+    order = make_order(lengths, length, windows, 1)
+    ends = set(np.cumsum(lengths[0]).tolist())
+    samples = int(order.places.epoch_samples[0])
+    pieces = order.places.pieces(np.zeros(samples, np.int64), np.arange(samples))
+    filled = np.cumsum(pieces.length_P)
+    for source, start, n, total in zip(pieces.source_P, pieces.start_P, pieces.length_P, filled, strict=True):
+        assert source == PADDING or start + n in ends or total % (length + 1) == 0
+
+
 @given(lengths=texts, first=st.integers(0, 400), count=st.integers(1, 40), cut=st.integers(0, 40))
 def test_a_sample_does_not_depend_on_what_was_asked_for_before(
     lengths: list[list[int]], first: int, count: int, cut: int
@@ -216,15 +229,27 @@ def test_orders_differ_between_epochs_and_seeds_and_sources() -> None:
     assert len(seen) == 3 * 2 * 3
 
 
+def test_the_documents_of_a_window_are_in_another_order_in_each_epoch_and_source() -> None:
+    order = make_order([[10] * 80] * 2, 10, 800, 5)  # one window a source, without a phase
+    orders = set()
+    for source in (0, 1):
+        for epoch in range(10):
+            pieces = order.places.pieces(np.full(80, source), epoch * 80 + np.arange(80))
+            orders.add(tuple(pieces.start_P[pieces.source_P == source].tolist()))
+    assert len(orders) == 20
+
+
 def test_windows_come_in_random_order_the_short_last_one_included() -> None:
     order = make_order([[10] * 105], 10, 100, 3)
-    places = set()
+    places, orders = set(), set()
     for epoch in range(60):
         pieces = order.places.pieces(np.zeros(105, np.int64), epoch * 105 + np.arange(105))
         windows = [window for window, _ in groupby((pieces.start_P[pieces.source_P == 0] // 100).tolist())]
         assert sorted(windows) == list(range(11))
         places.add(windows.index(10))
+        orders.add(tuple(window for window in windows if window < 10))
     assert len(places) == 11
+    assert len(orders) == 60
 
 
 def test_a_source_tells_where_its_documents_start_over_shards(write_source: WriteSource) -> None:
