@@ -172,7 +172,7 @@ class Megatron:
             for source, rank in zip(source_B.tolist(), rank_B.tolist(), strict=True)
             for start, length in self.indices[source].pieces(rank)
         ]
-        source_P, start_P, length_P = np.array(flat, np.int64).reshape(-1, 3).T
+        source_P, start_P, length_P = np.ascontiguousarray(np.array(flat, np.int64).reshape(-1, 3).T)
         return Pieces(source_B, source_P, start_P, length_P)
 
     def describe(self) -> object:

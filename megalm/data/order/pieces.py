@@ -16,7 +16,8 @@ PADDING = -1
 
 
 class Pieces(NamedTuple):
-    """B samples as P pieces of text. The pieces of a sample are adjacent, and their lengths sum to S + 1."""
+    """B samples as P pieces of text, in contiguous arrays. The pieces of a sample are adjacent; their lengths sum to
+    S + 1."""
 
     sample_B_source: np.ndarray
     """int64[B]: the source that each sample counts for."""

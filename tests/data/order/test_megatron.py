@@ -186,7 +186,7 @@ def test_each_sample_of_an_epoch_is_drawn_once(write_source: WriteSource) -> Non
     assert (index.epochs, index.samples) == (1, 399 // 7)
     firsts = []
     for rank in range(index.samples):
-        start, length = np.array(index.pieces(rank)).T
+        start, length = np.ascontiguousarray(np.array(index.pieces(rank)).T)
         tokens = np.empty(8, np.int64)
         gather_pieces([source], np.zeros_like(start), start, length, EOD, tokens)
         firsts.append(tokens[:7].tolist())
