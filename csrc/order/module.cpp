@@ -15,6 +15,7 @@ namespace py = pybind11;
 namespace {
 
 using Lengths = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+using Words = py::array_t<std::uint64_t, py::array::c_style | py::array::forcecast>;
 using Weights = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
 constexpr std::int64_t kMostSlots = std::int64_t{1} << 30;  // so that a slot times a count does not overflow
@@ -53,6 +54,24 @@ py::tuple interleave(const Lengths& counts) {
     return py::make_tuple(source, rank);
 }
 
+py::array_t<std::int64_t> permute(const Words& index, const Words& size, const Words& key, int rounds) {
+    if (index.ndim() != 1 || size.ndim() != 1 || key.ndim() != 1 || size.size() != index.size() ||
+        key.size() != index.size())
+        throw std::invalid_argument("index, size and key must be flat and of one length");
+    if (rounds < 1) throw std::invalid_argument("a network has at least 1 round");
+    py::array_t<std::int64_t> out(index.size());
+    const std::uint64_t *const indices = index.data(), *const sizes = size.data(), *const keys = key.data();
+    std::int64_t* const values = out.mutable_data();
+    const auto count = static_cast<std::int64_t>(index.size());
+    std::int64_t wrong = 0;
+    {
+        const py::gil_scoped_release release;
+        wrong = megalm::permute(indices, sizes, keys, count, rounds, values);
+    }
+    if (wrong >= 0) throw py::index_error("index outside of the permutation's range");
+    return out;
+}
+
 py::tuple blend(const Weights& weights, std::int64_t size) {
     if (weights.ndim() != 1 || weights.size() < 1) throw std::invalid_argument("weights must be flat and not empty");
     if (weights.size() > std::numeric_limits<std::int16_t>::max()) throw std::invalid_argument("too many sources");
@@ -80,6 +99,9 @@ PYBIND11_MODULE(_order, m) {
     m.def("interleave", &interleave, py::arg("counts"),
           "Source and rank in it (both int32) of each slot of a period with `counts` (int64) slots of each source, in an\n"
           "order in which every prefix is within 1 of every share. ValueError if a count is below 1 or too large.");
+    m.def("permute", &permute, py::arg("index"), py::arg("size"), py::arg("key"), py::arg("rounds"),
+          "Where each index (all uint64[n]) goes under the bijection of [0, size) that the key selects: int64[n].\n\n"
+          "IndexError if an index is not below its size.");
     m.def("blend", &blend, py::arg("weights"), py::arg("size"),
           "Megatron's build_blending_indices: source (int16[size]) and rank in it (int64[size]) of each sample.");
 }

@@ -12,6 +12,13 @@ namespace megalm {
 
 namespace {
 
+// splitmix64's finaliser (Stafford's variant 13): every input bit changes every output bit half of the time.
+std::uint64_t mix(std::uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
 struct Piece {
     std::int64_t item, skip, length;
 };
@@ -125,6 +132,33 @@ bool interleave(const std::int64_t* counts, std::int64_t sources, std::int32_t* 
         if (job + 1 < counts[s]) waiting.emplace((job + 1) * period / counts[s], s, job + 1);
     }
     return true;
+}
+
+std::int64_t permute(const std::uint64_t* index, const std::uint64_t* size, const std::uint64_t* key,
+                     std::int64_t count, int rounds, std::int64_t* out) {
+    std::vector<std::uint64_t> keys(static_cast<std::size_t>(rounds));
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (size[i] > std::uint64_t{1} << 62 || index[i] >= size[i]) return i;
+        if (i == 0 || key[i] != key[i - 1]) {
+            for (int r = 0; r < rounds; ++r) keys[r] = mix(key[i] + (r + 1) * 0x9E3779B97F4A7C15u);
+        }
+        int bits = 0;
+        while ((size[i] - 1) >> bits != 0) ++bits;
+        const int half = std::max(1, (bits + 1) / 2);
+        const std::uint64_t mask = (std::uint64_t{1} << half) - 1;
+        std::uint64_t value = index[i];
+        do {
+            std::uint64_t left = value >> half, right = value & mask;
+            for (const std::uint64_t round : keys) {
+                const std::uint64_t next = left ^ (mix(right ^ round) & mask);
+                left = right;
+                right = next;
+            }
+            value = left << half | right;
+        } while (value >= size[i]);
+        out[i] = static_cast<std::int64_t>(value);
+    }
+    return -1;
 }
 
 void blend(const double* weights, std::int64_t sources, std::int64_t size, std::int16_t* source, std::int64_t* rank) {

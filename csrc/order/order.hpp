@@ -34,6 +34,13 @@ Packed pack(const std::int64_t* lengths, std::int64_t count, std::int64_t bins, 
 // missed, which the theorem rules out. O(P log N).
 bool interleave(const std::int64_t* counts, std::int64_t sources, std::int32_t* source, std::int32_t* rank);
 
+// Where each index goes under a keyed bijection of [0, size): a balanced Feistel network over the smallest even number of
+// bits that holds size - 1, applied again while its value is not below size. Round r mixes with splitmix64's r-th draw
+// from the key. Every element has its own size (1 to 2**62) and key. Returns the first element whose index is not below
+// its size, or whose size is out of range, or -1.
+std::int64_t permute(const std::uint64_t* index, const std::uint64_t* size, const std::uint64_t* key,
+                     std::int64_t count, int rounds, std::int64_t* out);
+
 // Megatron's build_blending_indices: sample i is from the source that is farthest behind weight * max(i, 1), the first
 // of equals. Writes the source of each of `size` samples and how many were drawn from it before.
 void blend(const double* weights, std::int64_t sources, std::int64_t size, std::int16_t* source, std::int64_t* rank);
