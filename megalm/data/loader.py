@@ -158,8 +158,7 @@ class Loader:
 
     def micro_batch(self, first: int, count: int) -> MicroBatch:
         """Training samples [first, first + count): the same whenever and in whatever portions they are asked for."""
-        source_B, rank_B = self.order.locate(first, count)
-        return assemble(self._gather(source_B, rank_B), source_B, self._eod, self._document_attention)
+        return next(self._micro_batches(*self.order.locate(first, count), [count]))
 
     def stream(
         self,
@@ -203,18 +202,19 @@ class Loader:
     ) -> GlobalBatch:
         source_B, rank_B = self.order.locate(first, sum(sizes) * ranks)
         share = slice(rank * sum(sizes), (rank + 1) * sum(sizes))
-        mine, tokens_BS1 = source_B[share], self._gather(source_B[share], rank_B[share])
-        cuts = pairwise(np.cumsum([0, *sizes]).tolist())
-        parts = [assemble(tokens_BS1[a:b], mine[a:b], self._eod, self._document_attention) for a, b in cuts]
-        return GlobalBatch([finish(part) for part in parts] if finish else parts, source_B, rank_B)
+        parts = self._micro_batches(source_B[share], rank_B[share], sizes)
+        return GlobalBatch([finish(part) if finish else part for part in parts], source_B, rank_B)
 
-    def _gather(self, source_B: np.ndarray, rank_B: np.ndarray) -> np.ndarray:
-        """The tokens of samples, int64[B, S + 1]."""
+    def _micro_batches(self, source_B: np.ndarray, rank_B: np.ndarray, sizes: Sequence[int]) -> Iterator[MicroBatch]:
+        """Samples as micro-batches: their places found all at once, their tokens read a micro-batch at a time, which
+        then lie in the processor's cache."""
         pieces = self.order.places.pieces(source_B, rank_B)
-        tokens_BS1 = np.empty((len(source_B), self._length + 1), np.int64)
-        gather_pieces(
-            self._sources, pieces.source_P, pieces.start_P, pieces.length_P, self._eod, tokens_BS1.reshape(-1)
-        )
-        if self._fim is not None:
-            self._fim.apply(tokens_BS1, source_B, rank_B, self.source_names, self._seed, self._eod)
-        return tokens_BS1
+        samples = np.cumsum([0, *sizes])
+        cuts = np.searchsorted(np.cumsum(pieces.length_P), samples * (self._length + 1), side="right")
+        for (a, b), (first, end) in zip(pairwise(samples.tolist()), pairwise(cuts.tolist()), strict=True):
+            tokens_BS1 = np.empty((b - a, self._length + 1), np.int64)
+            source_P, start_P, length_P = (column[first:end] for column in pieces[1:])
+            gather_pieces(self._sources, source_P, start_P, length_P, self._eod, tokens_BS1.reshape(-1))
+            if self._fim is not None:
+                self._fim.apply(tokens_BS1, source_B[a:b], rank_B[a:b], self.source_names, self._seed, self._eod)
+            yield assemble(tokens_BS1, pieces.sample_B_source[a:b], self._eod, self._document_attention)

@@ -327,3 +327,8 @@ def test_files_are_utf_8_with_or_without_a_byte_order_mark(tmp_path: Path) -> No
     path.write_bytes(EXAMPLE.encode() + b"# \xff")
     with pytest.raises(UserError, match=r"config\.yaml: byte \d+ is not UTF-8"):
         load_config(path)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_example_loads(path: Path) -> None:
+    assert resolve(parse_yaml(to_yaml(load_config(path)), "")) == load_config(path)
