@@ -36,6 +36,7 @@ class NinjaBuild(build_ext):
         work.mkdir(parents=True, exist_ok=True)
         includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *(f"-I{i}" for i in includes)]
+        flags.append("-ffp-contract=off")  # rounds alike on every machine, which the blending of order `megatron` needs
         with (work / "build.ninja").open("w") as file:
             ninja = Writer(file)
             ninja.variable("cxx", os.environ.get("CXX", "c++"))
@@ -60,7 +61,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megalm", "megalm.*"]),
     package_data={"megalm": ["py.typed", "*.pyi"]},
-    ext_modules=[native("megalm._indexed_dataset", "indexed_dataset")],
+    ext_modules=[native("megalm._indexed_dataset", "indexed_dataset"), native("megalm._order", "order")],
     cmdclass={"build_ext": NinjaBuild},
     entry_points={"console_scripts": ["megalm = megalm.cli:main"]},
     install_requires=[

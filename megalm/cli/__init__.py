@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 import megalm
-from megalm.cli import config, curate, data, evaluate, generate, inspect, merge, tokenizer, train
+from megalm.cli import config, curate, data, evaluate, generate, inspect, merge, tokenizer, trace, train
 from megalm.errors import UserError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ data.app.command("verify")(inspect.verify)
 data.app.command("dedup")(curate.dedup)
 data.app.command("filter")(curate.filter_)
 data.app.command("merge")(merge.merge)
+data.app.command("trace")(trace.trace)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command("train")(train.train)

@@ -20,6 +20,7 @@ _WHAT = {
     "list_type": "must be a list",
     "tuple_type": "must be a list",
     "model_type": "must be a mapping of keys",
+    "dict_type": "must be a mapping of keys",
     "too_long": "has too many elements",
     "too_short": "has too few elements",
 }
@@ -67,6 +68,8 @@ def _message(path: str, findings: list[Any]) -> str:
     if kind == "string_pattern_mismatch":
         characters = "letters, digits, '.', '_' and '-'" if path.endswith(".name") else "characters that can be printed"
         rule = f"must be text of {characters}, and not empty"
+        if path == "data.split":
+            rule = "must be up to three numbers with commas, such as 969,30,1"
     return f"{path}={show(value)} {rule}{_mend(kind, value, first)}"
 
 
@@ -149,9 +152,11 @@ def _plain(annotation: Any) -> Any:
 
 
 def _inner(annotation: Any, part: Any) -> Any:
-    """The annotation of a model's field, or of a list's or tuple's element; None where there is none."""
+    """The annotation of a model's field, or of a list's, tuple's or mapping's element; None where there is none."""
     annotation = _plain(annotation)
     if _is_model(annotation):
         field = annotation.model_fields.get(part)
         return field.annotation if field else None
+    if get_origin(annotation) is dict:
+        return get_args(annotation)[1]
     return get_args(annotation)[0] if get_origin(annotation) in (list, tuple) and isinstance(part, int) else None

@@ -19,11 +19,13 @@ from megalm.config.batches import BatchPlan, plan_batches
 from megalm.config.explain import explain, one_line, show
 from megalm.config.presets import PRESETS
 from megalm.config.rules import batch_sizes, broken_rules, data_ranks, fewest_processes
-from megalm.config.sections import Config, Model, Schedule
+from megalm.config.sections import Config, Data, Model, Schedule
 from megalm.config.text import Raw, apply_overrides, read_yaml
 from megalm.errors import UserError, nearest
 
 MICRO_BATCH_TOKENS = 8192
+WINDOW_TOKENS = 2**24
+MEGATRON_SPLIT = "969,30,1"  # the default of --split
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = 1) -> Config:
@@ -78,6 +80,7 @@ def _derive(config: Config, processes: int) -> Config:
     schedule = _derive_schedule(config.schedule, plan_batches(config.batch), length)
     assert schedule.steps is not None
     tenth = _share(schedule.steps, 10)
+    _check_stages(config, schedule.steps)
     return config.model_copy(
         update={
             "model": model.model_copy(
@@ -87,6 +90,7 @@ def _derive(config: Config, processes: int) -> Config:
                     "max_positions": model.max_positions or length,
                 }
             ),
+            "data": _derive_data(config.data),
             "batch": config.batch.model_copy(update={"micro_size": config.batch.micro_size or _micro(config, data)}),
             "parallel": config.parallel.model_copy(update={"data": data}),
             "schedule": schedule,
@@ -94,6 +98,41 @@ def _derive(config: Config, processes: int) -> Config:
             "evaluate": config.evaluate.model_copy(update={"every": config.evaluate.every or tenth}),
         }
     )
+
+
+def _derive_data(data: Data) -> Data:
+    stages, sources = data.stages, data.sources
+    if stages is None:
+        sources = [source.model_copy(update={"weight": source.weight or 1.0}) for source in sources]
+    else:
+        stages = [s.model_copy(update={"name": s.name or f"stage-{number}"}) for number, s in enumerate(stages, 1)]
+    window_tokens, split = data.window_tokens, data.split
+    if data.order == "window":
+        window_tokens = window_tokens or max(WINDOW_TOKENS, data.sequence_length)
+    if data.order == "megatron":
+        split = split or MEGATRON_SPLIT
+    return data.model_copy(
+        update={"sources": sources, "stages": stages, "window_tokens": window_tokens, "split": split}
+    )
+
+
+def _check_stages(config: Config, steps: int) -> None:
+    """Stages must cover the run, to a batch, and each must be reached."""
+    stages = config.data.stages or []
+    run = plan_batches(config.batch).first_sample(steps) * config.data.sequence_length
+    before = 0
+    for number, stage in enumerate(stages):
+        if before >= run:
+            raise UserError(
+                f"data.stages.{number} starts after {before:,} tokens, and the run (schedule.steps={steps}) has {run:,}"
+                ": shorten the stages before it or lengthen the run"
+            )
+        before += stage.tokens or run
+    if stages and before + config.batch.global_size * config.data.sequence_length <= run:
+        raise UserError(
+            f"data.stages end after {before:,} tokens, and the run (schedule.steps={steps}) has {run:,}: leave out the "
+            "last stage's tokens, so that it lasts to the end, or shorten the run"
+        )
 
 
 def _micro(config: Config, data: int) -> int:

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from math import isqrt
 
 from megalm.config.explain import choices
-from megalm.config.sections import Batch, Config, Model, Parallel, Schedule
+from megalm.config.sections import Batch, Config, Data, Model, Parallel, Schedule, Stage
+from megalm.errors import nearest
 
 
 def broken_rules(config: Config, processes: int) -> Iterator[str]:
     """One line for each rule that a config, its defaults not derived yet, breaks when run by `processes` processes."""
     yield from _model(config.model, config.data.sequence_length)
-    for name, count in Counter(source.name for source in config.data.sources).items():
-        if count > 1:
-            yield f"data.sources has {count} sources named '{name}': give each its own name"
+    yield from _data(config.data, config.run.seed)
     yield from _schedule(config.schedule)
     yield from _ramp(config.batch)
     yield from _layout(config, processes)
@@ -64,6 +63,49 @@ def _model(model: Model, sequence_length: int) -> Iterator[str]:
             f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} is not less than "
             f"high_freq_factor={scaling.high_freq_factor}: llama 3 has 1 and 4"
         )
+
+
+def _data(data: Data, seed: int) -> Iterator[str]:
+    for name, count in Counter(source.name for source in data.sources).items():
+        if count > 1:
+            yield f"data.sources has {count} sources named '{name}': give each its own name"
+    for key, mode in (("window_tokens", "window"), ("split", "megatron")):
+        if (value := getattr(data, key)) is not None and data.order != mode:
+            yield f"data.{key}={value} has no meaning with data.order='{data.order}': remove it, or choose order {mode}"
+    if data.window_tokens is not None and data.window_tokens < data.sequence_length:
+        yield (
+            f"data.window_tokens={data.window_tokens} is less than data.sequence_length={data.sequence_length}: a "
+            "window holds many sequences, make it larger"
+        )
+    if data.split is not None and float(data.split.split(",")[0]) == 0:
+        yield f"data.split='{data.split}' trains on nothing: raise its first number"
+    if data.order == "megatron" and seed >= 2**32:
+        yield f"run.seed={seed} is too large for data.order='megatron': choose one below {2**32}"
+    if data.fim is not None and len({data.fim.prefix, data.fim.middle, data.fim.suffix}) < 3:
+        yield "data.fim.prefix, middle and suffix are not three different tokens: give each its own id"
+    if data.stages is not None:
+        yield from _stages(data, data.stages)
+
+
+def _stages(data: Data, stages: list[Stage]) -> Iterator[str]:
+    names = [source.name for source in data.sources]
+    if data.order == "megatron":
+        yield "data.stages has no meaning with data.order='megatron': remove it, or choose order stateless or window"
+    for number, source in enumerate(data.sources):
+        if source.weight is not None:
+            yield (
+                f"data.sources.{number}.weight={source.weight} has no meaning with data.stages, which have weights of "
+                "their own: remove it"
+            )
+        if all(source.name not in stage.weights for stage in stages):
+            yield f"data.sources.{number} ('{source.name}') is in no stage's weights: add it to one, or leave it out"
+    for number, stage in enumerate(stages):
+        for name in stage.weights:
+            if name not in names:
+                hint = nearest(name, names) or f" The sources are {', '.join(names)}."
+                yield f"data.stages.{number}.weights.{name}: no source has this name.{hint}"
+        if stage.tokens is None and number < len(stages) - 1:
+            yield f"data.stages.{number}.tokens is missing: set it; only the last stage may leave it out"
 
 
 def _schedule(schedule: Schedule) -> Iterator[str]:

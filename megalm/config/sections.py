@@ -123,8 +123,10 @@ class Source(Section):
     """Name in metrics and reports."""
     path: FilePath
     """Directory written by `megalm data prepare`."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the training tokens, relative to the other sources' weights."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the training tokens, relative to the other sources' weights; derived: 1, or none with `data.stages`."""
+    max_epochs: float | None = Field(default=None, gt=0)
+    """How often the run may go through the source at most; a run that wants more is refused before it starts."""
 
 
 class Validation(Section):
@@ -132,11 +134,47 @@ class Validation(Section):
     """Sequences held out of training at the end of EACH source; 0 holds out none."""
 
 
+class Stage(Section):
+    name: Name | None = None
+    """Name in reports; derived: `stage-1`, `stage-2`, ..."""
+    tokens: int | None = Field(default=None, gt=0)
+    """Length in tokens; the last stage may leave it out: it lasts to the end of the run."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    """Share of the stage's tokens of each source that takes part, by its name."""
+
+
+class FillInTheMiddle(Section):
+    rate: float = Field(default=0.5, ge=0, le=1)
+    """Share of documents that are rearranged (arXiv 2207.14255)."""
+    spm_rate: float = Field(default=0.5, ge=0, le=1)
+    """Share of these in the order suffix, prefix, middle; the others are in the order prefix, suffix, middle."""
+    prefix: int = Field(ge=0)
+    """Id of the token before the prefix."""
+    middle: int = Field(ge=0)
+    """Id of the token before the middle."""
+    suffix: int = Field(ge=0)
+    """Id of the token before the suffix."""
+
+
 class Data(Section):
     sequence_length: int = Field(gt=0)
     """Tokens a sequence."""
     sources: list[Source] = Field(min_length=1)
     """What to train on, blended by weight."""
+    stages: list[Stage] | None = Field(default=None, min_length=1)
+    """Blends one after the other, such as pre-training and annealing; each source goes on where it stopped."""
+    order: Literal["stateless", "window", "megatron"] = "stateless"
+    """Stretches of text from anywhere (`stateless`), documents shuffled and packed whole inside of windows (`window`),
+    or what Megatron-LM makes of the same text (`megatron`), for runs that come from there."""
+    window_tokens: int | None = Field(default=None, gt=0)
+    """Tokens that are shuffled and packed together (`window` only); derived: 16,777,216."""
+    split: str | None = Field(default=None, pattern=r"^[0-9]*\.?[0-9]+(,[0-9]*\.?[0-9]+){0,2}$")
+    """Megatron's `--split` of the documents, of which the first share is trained on (`megatron` only); derived:
+    969,30,1."""
+    fim: FillInTheMiddle | None = None
+    """Rearrange documents so that the model learns to fill in the middle."""
+    workers: int = Field(default=1, gt=0, le=64)
+    """Threads that prepare batches ahead. They never change what a batch holds."""
     validation: Validation = Validation()
     """What is held out for evaluation."""
 

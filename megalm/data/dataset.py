@@ -39,6 +39,11 @@ class Split:
     held_out_start: int
     """First token that is held out; held-out window v starts at this + v * length."""
 
+    @property
+    def training_tokens(self) -> int:
+        """Tokens that are not held out: the first ones."""
+        return self.held_out_start
+
 
 class Source:
     """A prepared directory as one token stream; `tokens` is its length.

@@ -1,6 +1,6 @@
 """Micro-batches: what the model reads, for any range of samples, as a pure function of that range.
 
-    samples [first, first + B) --Order--> places --gather_pieces--> tokens [B, S + 1] --assemble--> MicroBatch
+    samples [first, first + B) --Order--> pieces --gather_pieces--> tokens [B, S + 1] --assemble--> MicroBatch
 
 The loader's state is one integer, the samples consumed so far; its `fingerprint` names all else that decides the order,
 so a run that goes on with other data can be refused.
@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -30,7 +32,8 @@ import xxhash
 from megalm._indexed_dataset import BatchMemory
 from megalm._indexed_dataset import assemble as native_assemble
 from megalm.data.dataset import Source, gather_pieces
-from megalm.data.order import Blend, Order, Samples
+from megalm.data.fim import FillInTheMiddle
+from megalm.data.order import OrderOptions, Stage, build_order
 from megalm.errors import UserError
 
 
@@ -87,51 +90,61 @@ def windows(
         yield assemble(tokens_BS1, same_B + number, eod, document_attention, memory)
 
 
-class Loader:
-    """The blend of `sources` by `weights`, in the order that `seed` gives, `validation_samples` of each held out.
+class GlobalBatch(NamedTuple):
+    """One step's samples: what this rank reads of them, and what identifies all of them."""
 
-    `stream` keeps up to `prefetch` global batches ready. Raises a `UserError` where a source is too small, a weight
-    cannot be blended or two sources have one name.
+    parts: list[MicroBatch]
+    """This rank's micro-batches."""
+    source_B: np.ndarray
+    """int64: source of each sample of all ranks, in the global order."""
+    rank_B: np.ndarray
+    """int64: how many samples of its source come before it in the run."""
+
+
+class Loader:
+    """The blend of `sources` by `weights`, or in stages, in the order that `seed` and `options` give, but for
+    `validation_samples` of each source, which are held out.
+
+    `stream` keeps up to `prefetch` global batches ready, which `workers` threads prepare. Raises a `UserError` where a
+    source is too small, a weight cannot be blended or two sources have one name.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
-        weights: Sequence[float],
+        weights: Sequence[float] | Sequence[Stage],
         sequence_length: int,
         seed: int,
         eod: int,
         document_attention: bool,
         validation_samples: int,
         prefetch: int = 2,
+        *,
+        options: OrderOptions | None = None,
+        fim: FillInTheMiddle | None = None,
+        workers: int = 1,
     ) -> None:
         self.source_names = [source.name for source in sources]
         for name in self.source_names:
             if self.source_names.count(name) > 1:
                 raise UserError(f"data.sources: {name!r} is the name of more than one source: name each differently")
-        if len(weights) != len(sources):
+        if len(weights) != len(sources) and not any(isinstance(part, Stage) for part in weights):
             raise ValueError("each source has a weight")
         self._sources = list(sources)
         self._splits = [source.split(sequence_length, validation_samples) for source in sources]
         self._length, self._eod, self._document_attention = sequence_length, eod, document_attention
-        self._prefetch = prefetch
+        self._seed, self._fim = seed, fim
         self._memory = BatchMemory()
-        blend = Blend(weights)
-        self._order = Order(
-            names=self.source_names,
-            windows=[split.training for split in self._splits],
-            slack=[split.slack for split in self._splits],
-            blend=blend,
-            sequence_length=sequence_length,
-            seed=seed,
-        )
+        self._prefetch, self._workers = max(prefetch, workers if workers > 1 else 0), workers
+        self.order = build_order(sources, self._splits, weights, sequence_length, seed, options or OrderOptions())
         decisive = {
-            "order": 1,  # to be raised when the same settings give another order
+            "version": 2,  # to be raised when the same settings give another order
             "sources": [[source.name, source.manifest.fingerprint] for source in sources],
-            "shares": blend.counts,
+            "order": self.order.describe(),
             "sequence_length": sequence_length,
             "validation_samples": validation_samples,
             "seed": seed,
+            "fim": asdict(fim) if fim else None,
         }
         self.source_fingerprints = {source.name: source.manifest.fingerprint for source in sources}
         text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
@@ -139,26 +152,34 @@ class Loader:
 
     def micro_batch(self, first: int, count: int) -> MicroBatch:
         """Training samples [first, first + count): the same whenever and in whatever portions they are asked for."""
-        return self._gather(self._order.locate(first, count))
+        return next(self._micro_batches(*self.order.locate(first, count), [count]))
 
-    def stream(self, start: int, sizes: Iterable[Sequence[int]]) -> Generator[list[MicroBatch], None, None]:
-        """Global batches from sample `start` on: one for each item of `sizes`, which lists its micro-batches' sizes.
+    def stream(
+        self,
+        start: int,
+        sizes: Iterable[Sequence[int]],
+        rank: int = 0,
+        ranks: int = 1,
+        finish: Callable[[MicroBatch], MicroBatch] | None = None,
+    ) -> Generator[GlobalBatch, None, None]:
+        """Global batches from sample `start` on: one for each item of `sizes`, which lists the micro-batch sizes of
+        each of `ranks` data ranks. Rank r reads the r-th of `ranks` equal shares of the samples, and no other.
 
-        A thread prepares them ahead; an error there is raised here, at the batch that it is about. Closing the
-        iterator, or dropping it, ends the thread.
+        Threads prepare them ahead and apply `finish`, if given, to each micro-batch; an error there is raised here, at
+        the batch that it is about. Closing the iterator, or dropping it, ends the threads.
         """
-        pending: deque[Future[list[MicroBatch]]] = deque()
-        thread = ThreadPoolExecutor(1, "megalm-data")
+        pending: deque[Future[GlobalBatch]] = deque()
+        threads = ThreadPoolExecutor(self._workers, "megalm-data")
         try:
             for step in sizes:
-                pending.append(thread.submit(self._global_batch, start, tuple(step)))
-                start += sum(step)
+                pending.append(threads.submit(self._global_batch, start, tuple(step), rank, ranks, finish))
+                start += sum(step) * ranks
                 if len(pending) > self._prefetch:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
-            thread.shutdown(wait=True, cancel_futures=True)
+            threads.shutdown(wait=True, cancel_futures=True)
 
     def validation(self, micro_size: int) -> list[tuple[str, list[MicroBatch]]]:
         """Each source's name and its held-out samples in the order of the text, `micro_size` at a time."""
@@ -170,15 +191,24 @@ class Loader:
         settings = (self._length, micro_size, self._eod, self._document_attention)
         return windows(self._sources[number], number, first, count, *settings)
 
-    def _global_batch(self, first: int, sizes: Sequence[int]) -> list[MicroBatch]:
-        samples = self._order.locate(first, sum(sizes))
-        ends = np.cumsum(sizes)[:-1]
-        portions = zip(np.split(samples.source_B, ends), np.split(samples.start_B, ends), strict=True)
-        return [self._gather(Samples(source_B, start_B)) for source_B, start_B in portions]
+    def _global_batch(
+        self, first: int, sizes: Sequence[int], rank: int, ranks: int, finish: Callable[[MicroBatch], MicroBatch] | None
+    ) -> GlobalBatch:
+        source_B, rank_B = self.order.locate(first, sum(sizes) * ranks)
+        share = slice(rank * sum(sizes), (rank + 1) * sum(sizes))
+        parts = self._micro_batches(source_B[share], rank_B[share], sizes)
+        return GlobalBatch([finish(part) if finish else part for part in parts], source_B, rank_B)
 
-    def _gather(self, samples: Samples) -> MicroBatch:
-        tokens_BS1 = self._memory.empty((len(samples.source_B), self._length + 1))
-        length_B = np.full(len(tokens_BS1), self._length + 1)
-        out = tokens_BS1.reshape(-1)
-        gather_pieces(self._sources, samples.source_B, samples.start_B, length_B, self._eod, out)
-        return assemble(tokens_BS1, samples.source_B, self._eod, self._document_attention, self._memory)
+    def _micro_batches(self, source_B: np.ndarray, rank_B: np.ndarray, sizes: Sequence[int]) -> Iterator[MicroBatch]:
+        """Samples as micro-batches: their places found all at once, their tokens read a micro-batch at a time, which
+        then lie in the processor's cache."""
+        pieces = self.order.places.pieces(source_B, rank_B)
+        samples = np.cumsum([0, *sizes])
+        cuts = np.searchsorted(np.cumsum(pieces.length_P), samples * (self._length + 1), side="right")
+        for (a, b), (first, end) in zip(pairwise(samples.tolist()), pairwise(cuts.tolist()), strict=True):
+            tokens_BS1 = self._memory.empty((b - a, self._length + 1))
+            source_P, start_P, length_P = (column[first:end] for column in pieces[1:])
+            gather_pieces(self._sources, source_P, start_P, length_P, self._eod, tokens_BS1.reshape(-1))
+            if self._fim is not None:
+                self._fim.apply(tokens_BS1, source_B[a:b], rank_B[a:b], self.source_names, self._seed, self._eod)
+            yield assemble(tokens_BS1, pieces.sample_B_source[a:b], self._eod, self._document_attention, self._memory)

@@ -10,15 +10,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megalm.config.sections import Config, Model, known
-from megalm.data.dataset import OpenFiles, Source
 from megalm.data.loader import Loader, MicroBatch
-from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.data.needs import Need
+from megalm.data.open import open_run_data
+from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
 from megalm.model.counts import parameter_count
 from megalm.model.init import initialise
@@ -36,6 +38,7 @@ class Inputs:
     config: Config
     tokenizer: Tokenizer
     loader: Loader
+    needs: list[Need]
     device: torch.device
 
 
@@ -66,22 +69,10 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 
 def build_inputs(config: Config) -> Inputs:
     """Steps 1 to 3: raises a UserError for whatever is wrong, and writes nothing."""
-    tokenizer = load_tokenizer(config.tokenizer.path)
-    config = with_vocabulary(config, tokenizer)
-    files = OpenFiles()
-    sources = [Source(s.name, s.path, tokenizer.fingerprint, files) for s in config.data.sources]
-    loader = Loader(
-        sources,
-        [source.weight for source in config.data.sources],
-        config.data.sequence_length,
-        config.run.seed,
-        tokenizer.eod,
-        config.model.document_attention,
-        config.data.validation.samples,
-    )
-    device = pick_device(config.run.device)
+    data, device = open_run_data(config), pick_device(config.run.device)
+    config = with_vocabulary(config, data.tokenizer)
     _check_memory(config.model, device)
-    return Inputs(config, tokenizer, loader, device)
+    return Inputs(config, data.tokenizer, data.loader, data.needs, device)
 
 
 def _check_memory(model: Model, device: torch.device) -> None:
@@ -115,5 +106,20 @@ def build_model(
 def model_inputs(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `Transformer.forward` takes: tokens, positions, ends (which stay on the CPU), labels, counted."""
     arrays = (batch.tokens_T, batch.positions_T, batch.labels_T, batch.loss_mask_T)
-    tokens_T, positions_T, labels_T, counted_T = (torch.from_numpy(a).to(device) for a in arrays)
+    tokens_T, positions_T, labels_T, counted_T = (torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
     return tokens_T, positions_T, torch.from_numpy(batch.segments), labels_T, counted_T
+
+
+def pinned(batch: MicroBatch) -> MicroBatch:
+    """The same in page-locked memory, from which a GPU copies while the CPU goes on."""
+
+    def lock(array: np.ndarray) -> np.ndarray:
+        return torch.from_numpy(array).pin_memory().numpy()
+
+    return replace(
+        batch,
+        tokens_T=lock(batch.tokens_T),
+        labels_T=lock(batch.labels_T),
+        loss_mask_T=lock(batch.loss_mask_T),
+        positions_T=lock(batch.positions_T),
+    )

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from megalm.config.batches import plan_batches
-from megalm.config.sections import known
+from megalm.config.sections import Stage, known
+from megalm.data.needs import table
 from megalm.model.counts import parameter_count
 from megalm.train.build import BYTES_A_PARAMETER, Inputs
 
@@ -27,21 +28,27 @@ def summary(inputs: Inputs) -> str:
     parameters = parameter_count(model, known(model.vocab_size))
     steps = known(config.schedule.steps)
     tokens = plan_batches(config.batch).first_sample(steps) * config.data.sequence_length
-    total = sum(source.weight for source in config.data.sources)
     up_to = "up to " if config.batch.ramp else ""
-    blend = ", ".join(f"{source.name} {source.weight / total:.0%}" for source in config.data.sources)
+    stages = "".join(f"; stage {stage.name} " + _stage(stage) for stage in config.data.stages or [])
     return "\n".join(
         [
             f"model    {parameters:,} parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
             f"{model.num_heads} heads ({model.num_kv_heads} key/value), feed-forward {model.ffn_size}, "
             f"vocabulary {model.vocab_size:,}",
-            f"data     {blend}; sequences of {config.data.sequence_length:,} tokens",
+            f"data     sequences of {config.data.sequence_length:,} tokens, order {config.data.order}{stages}",
+            *(f"         {line}" for line in table(inputs.needs)),
             f"run      {steps:,} steps of {up_to}{config.batch.global_size:,} sequences, {tokens:,} tokens in all, "
             f"{tokens / parameters:.1f} a parameter",
             f"device   {inputs.device.type}, {config.precision.compute}, "
             f"{parameters * BYTES_A_PARAMETER / 2**20:,.0f} MiB for parameters, gradients and optimizer state",
         ]
     )
+
+
+def _stage(stage: Stage) -> str:
+    total = sum(stage.weights.values())
+    blend = ", ".join(f"{name} {weight / total:.0%}" for name, weight in stage.weights.items())
+    return f"({f'{stage.tokens:,} tokens' if stage.tokens else 'to the end'}): {blend}"
 
 
 class _Console(Console):

@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +25,14 @@ from megalm import checkpoint
 from megalm.config import Config
 from megalm.config.batches import plan_batches
 from megalm.config.sections import known
-from megalm.data.loader import MicroBatch
+from megalm.data.loader import GlobalBatch
+from megalm.data.trace import first_hash, rolled
 from megalm.errors import UserError
 from megalm.model.counts import seen_pairs, training_flops
 from megalm.optim.schedule import learning_rate_factor
 from megalm.parallel.pipeline.executor import execute
 from megalm.parallel.pipeline.plan import one_stage_plan
-from megalm.train.build import Inputs, Parts, build_inputs, build_parts, model_inputs
+from megalm.train.build import Inputs, Parts, build_inputs, build_parts, model_inputs, pinned
 from megalm.train.device import DTYPES, memory_bytes, peak_flops
 from megalm.train.evaluate import evaluation_line, score_sources
 from megalm.train.metrics import Metrics
@@ -51,6 +53,8 @@ class Position:
     consumed_samples: int = 0
     tokens: int = 0
     tokens_by_source: dict[str, int] = field(default_factory=dict)
+    data_hash: str = ""
+    """Of all samples so far (`megalm.data.trace`)."""
 
 
 def run(config: Config, stop: StopRequest, dry_run: bool = False) -> None:
@@ -79,7 +83,10 @@ class Trainer:
         self.inputs, self.config, self.directory = inputs, inputs.config, directory
         self.batches = plan_batches(self.config.batch)
         self.parts: Parts = build_parts(self.config, inputs.device)
-        self.position = Position(tokens_by_source=dict.fromkeys(inputs.loader.source_names, 0))
+        self.position = Position(
+            tokens_by_source=dict.fromkeys(inputs.loader.source_names, 0),
+            data_hash=first_hash(inputs.loader.fingerprint),
+        )
         self.steps = known(self.config.schedule.steps)
         self.saved: int | None = None
         """The step of the newest checkpoint."""
@@ -95,7 +102,7 @@ class Trainer:
         events = self.directory / "tensorboard" if self.config.log.tensorboard else None
         with (
             closing(Metrics(self.directory / "metrics.jsonl", events, last_line)) as metrics,
-            closing(self.inputs.loader.stream(self.position.consumed_samples, self._micro_sizes())) as stream,
+            closing(self._stream()) as stream,
         ):
             terminal.start(self.steps, self.position.step)
             if self.position.step == 0:
@@ -116,16 +123,21 @@ class Trainer:
             if stop.received is not None:
                 logger.info("%s: stopped after step %d; start again to go on", stop.received.name, self.position.step)
 
+    def _stream(self) -> Generator[GlobalBatch, None, None]:
+        finish = pinned if self.inputs.device.type == "cuda" else None
+        return self.inputs.loader.stream(self.position.consumed_samples, self._micro_sizes(), finish=finish)
+
     def _micro_sizes(self) -> Iterator[list[int]]:
         """The micro-batch sizes of each step that is left."""
         micro = known(self.config.batch.micro_size)
         for step in range(self.position.step, self.steps):
             yield [micro] * (self.batches.size(step) // micro)
 
-    def _step(self, stream: Iterator[list[MicroBatch]]) -> dict[str, Any]:
+    def _step(self, stream: Iterator[GlobalBatch]) -> dict[str, Any]:
         """One update of the parameters; returns its metrics."""
         started = time.perf_counter()
-        batch = next(stream)
+        samples = next(stream)
+        batch = samples.parts
         waited = time.perf_counter() - started
         model, optimizer, device = self.parts.model, self.parts.optimizer, self.inputs.device
         counted = max(1, sum(int(part.loss_mask_T.sum()) for part in batch))
@@ -155,7 +167,7 @@ class Trainer:
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
-        self._advance(batch)
+        self._advance(samples)
 
         seconds = time.perf_counter() - started
         tokens = sum(len(part.tokens_T) for part in batch)
@@ -172,16 +184,18 @@ class Trainer:
             "data_wait_seconds": waited,
             "memory_bytes": memory_bytes(device),
             "tokens_by_source": dict(self.position.tokens_by_source),
+            "data_hash": self.position.data_hash,
         }
 
-    def _advance(self, batch: list[MicroBatch]) -> None:
-        position, names = self.position, self.inputs.loader.source_names
+    def _advance(self, samples: GlobalBatch) -> None:
+        position, length = self.position, self.config.data.sequence_length
         position.step += 1
-        for part in batch:
-            position.consumed_samples += len(part.sources_B)
-            position.tokens += len(part.tokens_T)
-            for source in part.sources_B.tolist():
-                position.tokens_by_source[names[source]] += part.sequence_length
+        position.consumed_samples += len(samples.source_B)
+        position.tokens += len(samples.source_B) * length
+        counts = np.bincount(samples.source_B, minlength=len(self.inputs.loader.source_names))
+        for name, count in zip(self.inputs.loader.source_names, counts.tolist(), strict=True):
+            position.tokens_by_source[name] += count * length
+        position.data_hash = rolled(position.data_hash, samples.source_B, samples.rank_B)
 
     def _learning_rate(self, step: int) -> float:
         schedule = self.config.schedule
@@ -242,8 +256,10 @@ class Trainer:
         """A run goes on only with the same model on the same data in the same order and the same batches."""
         changes = _differences(saved["config"], self.config)
         if saved["data"] != self.inputs.loader.fingerprint:
+            sources = _changed_sources(saved["sources"], self.inputs.loader.source_fingerprints)
+            what = ", ".join(sources + changes)
             raise UserError(
-                f"{found}: was trained on other data or in another order ({', '.join(changes) or 'prepared anew'}): "
+                f"{found}: was trained on other data or in another order ({what or 'by another version of megalm'}): "
                 "continue with the same data section and run.seed, or choose another run.dir"
             )
         model = [change for change in changes if change.startswith("model.") and not change.startswith(NOT_THE_MODEL)]
@@ -264,6 +280,14 @@ class Trainer:
                 f"batches ({', '.join(changes)}): continue with the same batch.global_size and batch.ramp, or choose "
                 "another run.dir"
             )
+
+
+def _changed_sources(saved: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The sources whose data is not what it was."""
+    changed = [f"source '{name}' holds other data" for name in now if name in saved and saved[name] != now[name]]
+    gone = [f"source '{name}' is left out" for name in saved if name not in now]
+    new = [f"source '{name}' is new" for name in now if name not in saved]
+    return [*changed, *gone, *new]
 
 
 def _differences(saved: dict[str, Any], config: Config) -> list[str]:

@@ -95,6 +95,15 @@ OVERRIDES = [
     ("data.sources=[]", "data.sources=[] has too few elements: it needs at least 1"),
     ("data.sources.0.weight=0", "data.sources.0.weight=0 must be greater than 0"),
     ("data.sources.0.name=a/b", "data.sources.0.name='a/b' must be text of letters, digits,"),
+    ("data.order=random", "data.order='random' must be 'stateless', 'window' or 'megatron'"),
+    ("data.sources.0.max_epochs=0", "data.sources.0.max_epochs=0 must be greater than 0"),
+    ("data.workers=0", "data.workers=0 must be greater than 0"),
+    ("data.split=x", "data.split='x' must be up to three numbers with commas, such as 969,30,1"),
+    ("data.stages=[]", "data.stages=[] has too few elements: it needs at least 1"),
+    ("data.stages=[{weights: {}}]", "data.stages.0.weights={} has too few elements: it needs at least 1"),
+    ("data.stages=[{weights: [code]}]", "data.stages.0.weights=['code'] must be a mapping of keys"),
+    ("data.stages=[{weights: {code: 0}}]", "data.stages.0.weights.code=0 must be greater than 0"),
+    ("data.fim={rate: 2, prefix: 1, middle: 2, suffix: 3}", "data.fim.rate=2 must be less than or equal to 1"),
     # what is missing
     ("run={}", "run.dir is missing: set it (Run directory: config, metrics,"),
     (
@@ -141,6 +150,22 @@ OVERRIDES = [
         "model.rope_scaling.low_freq_factor=4.0 is not less than high_freq_factor=4.0",
     ),
     ("data.sources.0.name=docs", "data.sources has 2 sources named 'docs': give each its own name"),
+    (
+        "data.window_tokens=512",
+        "data.window_tokens=512 has no meaning with data.order='stateless': remove it, or choose order window",
+    ),
+    (
+        "data.split=9,1",
+        "data.split=9,1 has no meaning with data.order='stateless': remove it, or choose order megatron",
+    ),
+    (
+        "data.fim={prefix: 1, middle: 1, suffix: 3}",
+        "data.fim.prefix, middle and suffix are not three different tokens: give each its own id",
+    ),
+    (
+        "data.stages=[{weights: {code: 1, docs: 1}}]",
+        "data.sources.0.weight=0.7 has no meaning with data.stages, which have weights of their own: remove it",
+    ),
     ("batch.micro_size=5", "batch.micro_size=5 does not divide batch.global_size=32: choose 1, 2, 4, 8, 16 or 32"),
     ("batch.ramp={start: 32, increment: 4, samples: 9}", "batch.ramp.start=32 is not less than batch.global_size=32"),
     (
@@ -182,7 +207,54 @@ def test_a_wrong_override_is_named_with_its_mend(
     assert sorted(map(str, Path().iterdir())) == [config], "nothing is left behind"
 
 
+STAGES = [
+    ("[{weights: {code: 1}}]", "data.sources.1 ('docs') is in no stage's weights: add it to one, or leave it out"),
+    (
+        "[{tokens: 9, weights: {code: 1, dcos: 1}}, {weights: {docs: 1}}]",
+        "data.stages.0.weights.dcos: no source has this name. Did you mean 'docs'?",
+    ),
+    (
+        "[{tokens: 9, weights: {zzzz: 1, code: 1}}, {weights: {docs: 1}}]",
+        "data.stages.0.weights.zzzz: no source has this name. The sources are code, docs.",
+    ),
+    (
+        "[{weights: {code: 1}}, {weights: {docs: 1}}]",
+        "data.stages.0.tokens is missing: set it; only the last stage may leave it out",
+    ),
+    (
+        "[{tokens: 1638400, weights: {code: 1}}, {weights: {docs: 1}}]",
+        "data.stages.1 starts after 1,638,400 tokens, and the run (schedule.steps=200) has 1,638,400: shorten",
+    ),
+    (
+        "[{tokens: 1000000, weights: {code: 1}}, {tokens: 630208, weights: {docs: 1}}]",
+        "data.stages end after 1,630,208 tokens, and the run (schedule.steps=200) has 1,638,400: leave out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("stages", "message"), STAGES)
+def test_wrong_stages_are_named_with_their_mend(
+    stages: str, message: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = "data.sources=[{name: code, path: data/code}, {name: docs, path: data/docs}]"
+    assert message in mistake(capsys, "train", config, sources, f"data.stages={stages}")
+    assert "data.stages has no meaning with data.order='megatron'" in mistake(
+        capsys, "train", config, sources, "data.order=megatron", "data.stages=[{weights: {code: 1, docs: 1}}]"
+    )
+
+
 LAYOUTS = [
+    (
+        "data.order=window data.window_tokens=255",
+        1,
+        "data.window_tokens=255 is less than data.sequence_length=256: a window holds many sequences, make it larger",
+    ),
+    ("data.order=megatron data.split=0,1", 1, "data.split='0,1' trains on nothing: raise its first number"),
+    (
+        "data.order=megatron run.seed=4294967296",
+        1,
+        "run.seed=4294967296 is too large for data.order='megatron': choose",
+    ),
     ("parallel.tensor=3", 3, "parallel.tensor=3 does not divide model.num_heads=8: choose 1, 2, 4 or 8"),
     (
         "model.ffn_size=387 parallel.tensor=2",
@@ -208,7 +280,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("overrides", "processes", "message"), LAYOUTS)
-def test_a_layout_that_does_not_fit_is_named_with_its_mend(
+def test_keys_or_a_layout_that_do_not_fit_are_named_with_its_mend(
     overrides: str, processes: int, message: str, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in mistake(capsys, "config", "show", config, "--processes", str(processes), *overrides.split())

@@ -67,6 +67,31 @@ def test_defaults_are_derived_from_what_is_given() -> None:
     assert with_overrides("model={num_layers: 1, hidden_size: 12, num_heads: 3, ffn_size: 1}").model.num_kv_heads == 3
 
 
+def test_what_an_order_mode_needs_is_derived_for_it_alone() -> None:
+    plain, window, megatron = (
+        with_overrides(f"data.order={mode}").data for mode in ("stateless", "window", "megatron")
+    )
+    assert (plain.window_tokens, plain.split) == (None, None)
+    assert (window.window_tokens, window.split) == (2**24, None)
+    assert (megatron.window_tokens, megatron.split) == (None, "969,30,1")
+    assert with_overrides("data.order=window", "data.window_tokens=1000").data.window_tokens == 1000
+    assert plain.sources[0].weight == 1.0
+
+
+def test_stages_have_names_and_may_end_within_a_batch_of_the_run() -> None:
+    sources = "data.sources=[{name: code, path: a}, {name: docs, path: b}]"
+    run = 250 * 24 * 256
+    for tokens in ("", f"tokens: {run - 1}, ", f"tokens: {run // 2 - 24 * 256 + 1}, ", f"tokens: {5 * run}, "):
+        stages = (
+            f"[{{tokens: {run // 2}, weights: {{code: 1, docs: 2.5}}}}, {{{tokens}name: anneal, weights: {{docs: 1}}}}]"
+        )
+        config = with_overrides(sources, f"data.stages={stages}")
+        assert config.data.stages is not None
+        assert [stage.name for stage in config.data.stages] == ["stage-1", "anneal"]
+        assert [source.weight for source in config.data.sources] == [None, None]
+        assert resolve(parse_yaml(to_yaml(config), "")) == config
+
+
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 def test_only_wsd_has_a_decay_of_its_own(kind: str) -> None:
     assert with_overrides(f"schedule.kind={kind}").schedule.decay_steps is None
@@ -302,3 +327,8 @@ def test_files_are_utf_8_with_or_without_a_byte_order_mark(tmp_path: Path) -> No
     path.write_bytes(EXAMPLE.encode() + b"# \xff")
     with pytest.raises(UserError, match=r"config\.yaml: byte \d+ is not UTF-8"):
         load_config(path)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_example_loads(path: Path) -> None:
+    assert resolve(parse_yaml(to_yaml(load_config(path)), "")) == load_config(path)

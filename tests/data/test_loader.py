@@ -4,13 +4,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megalm.data.dataset import Source
+from megalm.data.fim import FillInTheMiddle
 from megalm.data.loader import Loader, MicroBatch
+from megalm.data.order import OrderOptions, Stage
+from megalm.data.trace import hash_of, rolled
 from megalm.errors import UserError
 
 WriteSource = Callable[..., Path]
@@ -135,7 +139,7 @@ def test_validation_reads_the_held_out_windows_in_order_whatever_the_micro_size(
 def test_the_stream_gives_each_global_batch_as_its_micro_batches(directories: list[Path], prefetch: int) -> None:
     loader = make_loader(directories, prefetch=prefetch)
     sizes = [[2, 2], [3], [1, 1, 2], [5, 5]]
-    steps = list(loader.stream(40, sizes))
+    steps = [samples.parts for samples in loader.stream(40, sizes)]
     assert [[len(batch.sources_B) for batch in step] for step in steps] == sizes
     start = 40
     for step in steps:
@@ -150,7 +154,9 @@ def test_a_stream_taken_up_anywhere_continues_the_uninterrupted_one(loader: Load
     uninterrupted = list(loader.stream(0, sizes))
     rest = list(loader.stream(sum(map(sum, sizes[:resumed])), sizes[resumed:]))
     for step, expected in zip(rest, uninterrupted[resumed:], strict=True):
-        for batch, other in zip(step, expected, strict=True):
+        assert np.array_equal(step.source_B, expected.source_B)
+        assert np.array_equal(step.rank_B, expected.rank_B)
+        for batch, other in zip(step.parts, expected.parts, strict=True):
             assert_equal(batch, other)
 
 
@@ -247,6 +253,91 @@ def test_a_source_that_is_too_short_is_refused(directories: list[Path]) -> None:
         make_loader(directories, sequence_length=100_000)
 
 
-def test_the_loader_does_not_import_torch() -> None:
-    code = "import sys, megalm.data.loader; sys.exit('torch' in sys.modules)"
+def test_opening_and_tracing_a_runs_data_do_not_import_torch() -> None:
+    code = "import sys, megalm.data.open, megalm.data.trace; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+MODES = [OrderOptions(), OrderOptions("window", window_tokens=64), OrderOptions("megatron", split="1", samples=600)]
+STAGES = [Stage("first", {0: 0.8, 1: 0.2}, 60), Stage("second", {1: 1.0}, 30), Stage("third", {0: 0.5, 1: 0.5}, None)]
+FIM = FillInTheMiddle(rate=0.9, spm_rate=0.5, prefix=497, middle=498, suffix=499)
+
+
+def mode_loader(directories: list[Path], options: OrderOptions, **changed: object) -> Loader:
+    changed = {"validation_samples": 0, "options": options, "fim": FIM, **changed}
+    if options.mode != "megatron":
+        changed["weights"] = STAGES
+    return make_loader(directories, **changed)
+
+
+@pytest.mark.parametrize("options", MODES, ids=lambda options: options.mode)
+@pytest.mark.parametrize(("ranks", "micro", "workers"), [(1, 24, 1), (2, 3, 2), (4, 6, 3), (3, 1, 1), (6, 2, 4)])
+def test_the_global_order_and_its_hash_do_not_depend_on_ranks_micro_batches_or_workers(
+    directories: list[Path], options: OrderOptions, ranks: int, micro: int, workers: int
+) -> None:
+    start, size, steps = 30, 24, 4
+    plain = mode_loader(directories, options)
+    sizes = [[micro] * (size // ranks // micro)] * steps
+    shares = [
+        list(mode_loader(directories, options, workers=workers).stream(start, sizes, rank, ranks))
+        for rank in range(ranks)
+    ]
+    for step in range(steps):
+        whole = plain.micro_batch(start + step * size, size)
+        assert_equal(join([part for share in shares for part in share[step].parts]), whole)
+    before = hash_of(plain, start)
+    for share in shares:
+        data_hash = before
+        for batch in share:
+            data_hash = rolled(data_hash, batch.source_B, batch.rank_B)
+        assert data_hash == hash_of(plain, start + steps * size)
+
+
+@pytest.mark.parametrize("options", MODES, ids=lambda options: options.mode)
+def test_each_mode_gives_the_same_samples_at_random_as_in_sequence(
+    directories: list[Path], options: OrderOptions
+) -> None:
+    sequence = mode_loader(directories, options).micro_batch(0, 120)
+    again = mode_loader(directories, options)
+    for sample in np.random.default_rng(0).permutation(120).tolist():
+        one = again.micro_batch(sample, 1)
+        assert np.array_equal(one.tokens_T, sequence.tokens_T[sample * 16 : (sample + 1) * 16])
+        assert one.sources_B[0] == sequence.sources_B[sample]
+
+
+def test_every_option_of_the_order_changes_the_fingerprint(directories: list[Path]) -> None:
+    loaders = [mode_loader(directories, options, fim=fim) for options in MODES for fim in (None, FIM)]
+    loaders.append(mode_loader(directories, OrderOptions("window", window_tokens=128)))
+    loaders.append(mode_loader(directories, OrderOptions("megatron", split="2,1", samples=600)))
+    loaders.append(mode_loader(directories, OrderOptions("megatron", split="1", samples=601)))
+    loaders.append(make_loader(directories, weights=STAGES[1:]))
+    loaders.append(make_loader(directories, weights=[replace(STAGES[0], samples=61), *STAGES[1:]]))
+    assert len({loader.fingerprint for loader in loaders}) == len(loaders)
+
+
+def test_finishing_is_done_in_the_thread_that_prepares(directories: list[Path]) -> None:
+    threads = []
+
+    def finish(batch: MicroBatch) -> MicroBatch:
+        threads.append(threading.current_thread().name)
+        return replace(batch, sequence_length=-1)
+
+    [samples] = make_loader(directories).stream(0, [[2, 2]], finish=finish)
+    assert [part.sequence_length for part in samples.parts] == [-1, -1]
+    assert all(name.startswith("megalm-data") for name in threads)
+    assert len(threads) == 2
+
+
+def test_padding_and_documents_of_window_mode_reach_the_batch_as_text_and_ends(directories: list[Path]) -> None:
+    loader = make_loader(directories, options=OrderOptions("window", window_tokens=64), validation_samples=0)
+    pieces = loader.order.pieces(0, 200)
+    batch = loader.micro_batch(0, 200)
+    sequences = np.concatenate([batch.tokens_T.reshape(-1, 16), batch.labels_T.reshape(-1, 16)[:, -1:]], axis=1)
+    sources = [Source(d.name, d, "f00d") for d in directories]
+    expected: list[int] = []
+    for source, start, length in zip(pieces.source_P, pieces.start_P, pieces.length_P, strict=True):
+        row = np.full(length, EOD)
+        if source >= 0:
+            sources[source].read(int(start), row)
+        expected += row.tolist()
+    assert sequences.reshape(-1).tolist() == expected

@@ -28,7 +28,7 @@ def test_the_loss_falls_and_the_run_directory_is_complete(whole: Path) -> None:
     lines = read_metrics(whole)
     assert [line["step"] for line in lines if line.get("kind") == "evaluation"] == [0, 30, 60]
     wanted = {"step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "step_seconds"}
-    wanted |= {"data_wait_seconds", "memory_bytes", "tokens_by_source"}
+    wanted |= {"data_wait_seconds", "memory_bytes", "tokens_by_source", "data_hash"}
     assert all(set(line) == wanted for line in lines if "kind" not in line)
     assert sum(lines[-2]["tokens_by_source"].values()) == lines[-2]["tokens"] == 60 * 8 * 64
     assert sorted(path.name for path in (whole / "checkpoints").glob("step-*")) == ["step-00000055", "step-00000060"]

@@ -71,7 +71,7 @@ def our_loader(directory: Path) -> Callable[[int], int]:
 
     def read(count: int) -> int:
         steps = [[MICRO] * (GLOBAL // MICRO)] * (count // GLOBAL)
-        return sum(len(batch.sources_B) for step in loader.stream(0, steps) for batch in step)
+        return sum(len(batch.sources_B) for step in loader.stream(0, steps) for batch in step.parts)
 
     return read
 
