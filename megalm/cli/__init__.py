@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import typer
@@ -60,6 +61,10 @@ def _megalm(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line (`sys.argv` by default). Returns the exit code; a mistake is one line on stderr."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for before, argument in pairwise(["megalm", *arguments]):
+        if argument == "" and before != "--prompt":  # as a path it would mean the current directory
+            return fail(f"an argument after {before} is empty: is a variable of the shell not set?")
     return exit_code(
         lambda: typer.main.get_command(app).main(args=arguments, prog_name="megalm", standalone_mode=False)
     )

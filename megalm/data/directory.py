@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -27,7 +29,8 @@ def new_directory(path: Path, owned: re.Pattern[str], overwrite: bool) -> Iterat
     recover(final)
     check_output(path, owned, overwrite)
     made = make_parents(final.parent)
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    _sweep(final)
+    temporary = final.with_name(f"{_temporary(final)}{os.getpid()}")
     try:
         with exit_on_sigterm():
             temporary.mkdir()
@@ -37,9 +40,24 @@ def new_directory(path: Path, owned: re.Pattern[str], overwrite: bool) -> Iterat
                 put_in_place(temporary, final)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and str(error.filename or "").startswith(str(temporary)):
+            error.filename = f"--output {path}"  # the name that the user knows
         remove_empty(made)
         raise
+
+
+def _sweep(final: Path) -> None:
+    """Removes what commands that were killed on this machine left beside `final`."""
+    for left in final.parent.glob(f"{glob.escape(_temporary(final))}*"):
+        number = left.name.rpartition("-")[2]
+        if number.isdecimal() and not Path("/proc", number).exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _temporary(final: Path) -> str:
+    """What the names of temporary directories begin with; the number of a process says who is alive on its machine."""
+    return f".{final.name}.tmp-{socket.gethostname()}-"
 
 
 def check_output(path: Path, owned: re.Pattern[str], overwrite: bool) -> None:

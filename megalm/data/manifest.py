@@ -106,7 +106,7 @@ class Manifest:
             raise UserError(
                 f"{directory}: no {NAME} inside, so it is not prepared data: write it with `megalm data prepare`"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: damaged ({_one_line(error)}): prepare the data again") from None
         try:
             return cls._from_json(content)

@@ -325,6 +325,7 @@ def _checksum(content: Any) -> str:
 
 def _record(tokenizer: Tokenizer, path: str) -> TokenizerRecord:
     absolute = os.path.abspath(path) if path not in ("", "byte") else path
+    absolute = os.fsencode(absolute).decode(errors="backslashreplace")  # a name need not be UTF-8; JSON is
     return TokenizerRecord(absolute, tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod)
 
 

@@ -90,7 +90,8 @@ def list_files(inputs: Sequence[Path]) -> Listing:
         raise UserError(f"--input: nothing given: name {kinds} files, or folders of them")
     for path in sorted(inputs, key=str):
         if path.is_dir():
-            inside = [Path(root, name) for root, _, names in os.walk(path) for name in names if name[0] != "."]
+            every = (Path(root, name) for root, _, names in os.walk(path) for name in names if name[0] != ".")
+            inside = [p for p in every if p.is_file() or p.is_symlink()]  # a pipe would not end; broken links are told
             texts = sorted((p for p in inside if p.name.endswith(SUFFIXES)), key=lambda p: p.parts)
             ignored.update(p.suffix or "no suffix" for p in inside if not p.name.endswith(SUFFIXES))
             if not texts:
@@ -98,7 +99,7 @@ def list_files(inputs: Sequence[Path]) -> Listing:
             files += (File(text, str(path)) for text in texts)
         elif not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        elif path.name.endswith((*SUFFIXES, *NAMED)):
+        elif path.is_file() and path.name.endswith((*SUFFIXES, *NAMED)):
             files.append(File(path, str(path)))
         else:
             raise UserError(f"{path}: not a text file that megalm reads: give {kinds} files, or folders of them")

@@ -37,12 +37,11 @@ from megalm.train.device import DTYPES, memory_bytes, peak_flops
 from megalm.train.evaluate import evaluation_line, score_sources
 from megalm.train.metrics import Metrics
 from megalm.train.progress import Terminal, summary
+from megalm.train.resume import differences, refuse_another_run
 from megalm.train.run_directory import CHECKPOINTS, check_directory, describe, opened
 from megalm.train.signals import StopRequest
 
 logger = logging.getLogger("megalm")
-
-NOT_THE_MODEL = ("model.preset:", "model.z_loss:", "model.init_std:")  # keys that do not change what a model computes
 
 
 @dataclass
@@ -238,7 +237,7 @@ class Trainer:
         for found in checkpoint.complete(root) if root.is_dir() else ():
             try:
                 saved = checkpoint.read_manifest(found).state
-                self._refuse_another_run(found, saved)
+                refuse_another_run(found, saved, self.inputs, self.batches)
                 checkpoint.load(found, self.parts.tensors())
             except checkpoint.DamagedCheckpoint as damage:
                 logger.warning("%s; trying the one before", damage)
@@ -246,63 +245,8 @@ class Trainer:
             self.position = Position(**saved["position"])
             self.saved = self.position.step
             logger.info("continuing from %s", found)
-            if changes := _differences(saved["config"], self.config):
+            if changes := differences(saved["config"], self.config):
                 logger.info("changed since then: %s", ", ".join(changes))
             return
         if root.is_dir() and any(root.glob("step-*")):
             raise UserError(f"{root}: no checkpoint is intact: choose another run.dir or remove this one")
-
-    def _refuse_another_run(self, found: Path, saved: dict[str, Any]) -> None:
-        """A run goes on only with the same model on the same data in the same order and the same batches."""
-        changes = _differences(saved["config"], self.config)
-        if saved["data"] != self.inputs.loader.fingerprint:
-            sources = _changed_sources(saved["sources"], self.inputs.loader.source_fingerprints)
-            what = ", ".join(sources + changes)
-            raise UserError(
-                f"{found}: was trained on other data or in another order ({what or 'by another version of megalm'}): "
-                "continue with the same data section and run.seed, or choose another run.dir"
-            )
-        model = [change for change in changes if change.startswith("model.") and not change.startswith(NOT_THE_MODEL)]
-        if model:
-            raise UserError(
-                f"{found}: is of another model ({', '.join(model)}): continue with the same model section, or choose "
-                "another run.dir"
-            )
-        position = Position(**saved["position"])
-        if position.step > self.steps:
-            raise UserError(
-                f"schedule.steps={self.steps} is less than the {position.step} steps that {found} has: raise it, or "
-                "choose another run.dir"
-            )
-        if self.batches.first_sample(position.step) != position.consumed_samples:
-            raise UserError(
-                f"{found}: {position.consumed_samples} sequences in {position.step} steps do not fit this config's "
-                f"batches ({', '.join(changes)}): continue with the same batch.global_size and batch.ramp, or choose "
-                "another run.dir"
-            )
-
-
-def _changed_sources(saved: dict[str, str], now: dict[str, str]) -> list[str]:
-    """The sources whose data is not what it was."""
-    changed = [f"source '{name}' holds other data" for name in now if name in saved and saved[name] != now[name]]
-    gone = [f"source '{name}' is left out" for name in saved if name not in now]
-    new = [f"source '{name}' is new" for name in now if name not in saved]
-    return [*changed, *gone, *new]
-
-
-def _differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """`section.key: old -> new` of everything in which two configs differ."""
-    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, list):
-        values = dict(enumerate(values))
-    if not isinstance(values, dict):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

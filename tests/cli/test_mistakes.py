@@ -374,3 +374,10 @@ def test_the_installed_command_ends_in_one_line_and_2(arguments: list[str], conf
     assert done.stdout == ""
     assert done.stderr.startswith("megalm: error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["train", ""], ["data", "prepare", "--input", "", "--tokenizer", "byte"]])
+def test_an_empty_argument_is_refused_and_never_the_current_directory(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is empty: is a variable of the shell not set?" in mistake(capsys, *arguments)

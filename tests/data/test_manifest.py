@@ -109,3 +109,9 @@ def test_what_is_no_json_is_one_line_that_names_the_file(tmp_path: Path, content
     with pytest.raises(UserError, match=r"manifest\.json: damaged \(") as caught:
         Manifest.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_is_nested_without_end_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"manifest.json: damaged"):
+        Manifest.load(tmp_path)

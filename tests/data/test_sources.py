@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -298,3 +299,11 @@ def test_a_line_belongs_to_the_piece_that_it_starts_in(tmp_path: Path) -> None:
         first, rest = ([r.text for r in read_unit((piece,), "text")] for piece in pieces)
         assert [*first, *rest] == ["a", "b" * 100, "c"]
         assert ("b" * 100 in first) == (cut > second)
+
+
+def test_a_pipe_in_a_folder_is_left_alone_and_a_named_one_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match=r"no .* file in this folder"):
+        list_files([tmp_path])
+    with pytest.raises(UserError, match="not a text file that megalm reads"):
+        list_files([tmp_path / "pipe.txt"])
