@@ -19,7 +19,7 @@ def refuse_another_run(found: Path, saved: dict[str, Any], inputs: Inputs, batch
     changes = differences(saved["config"], inputs.config)
     if saved["data"] != inputs.loader.fingerprint:
         sources = _changed_sources(saved["sources"], inputs.loader.source_fingerprints)
-        what = ", ".join(sources + changes)
+        what = "; ".join(", ".join(part) for part in (sources, changes) if part)
         raise UserError(
             f"{found}: was trained on other data or in another order ({what or 'by another version of megalm'}): "
             "continue with the same data section and run.seed, or choose another run.dir"

@@ -24,7 +24,7 @@ from megalm.data.train_tokenizer import train_tokenizer
 from megalm.errors import UserError
 
 SETTINGS = Settings(unit_bytes=20_000)
-KILLS = int(os.environ.get("MEGALM_TEST_KILLS", "4"))  # 20 take a minute
+KILLS = 20
 
 
 def write_lines(path: Path, texts: list[str]) -> None:

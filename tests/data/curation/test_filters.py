@@ -177,7 +177,7 @@ def test_a_section_left_empty_or_keyed_by_numbers_is_read(tmp_path: Path) -> Non
 
 
 def test_the_example_is_read() -> None:
-    rules = load_rules(Path(__file__).parents[3] / "examples" / "filter-rules.yaml", {})
+    rules = load_rules(Path(__file__).parents[3] / "examples" / "curation" / "filter-rules.yaml", {})
     assert rules.model_fields_set == set(Rules.model_fields) - {"decontaminate"}
     assert rules.gopher_quality is not None
     assert (rules.gopher_quality.min_words, rules.gopher_quality.max_words) == (100, 100_000)
