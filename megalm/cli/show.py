@@ -50,16 +50,18 @@ def progress(description: str) -> Iterator[Callable[[float, float, str], None]]:
     """A bar on standard error while it lasts, if that is a terminal; yields `update(done, total, what more to say)`."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     console = Console(stderr=True)
+    whole = Column(no_wrap=True)
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[more]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", table_column=whole),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),  # gives way to the words where there is no room
+        TaskProgressColumn(table_column=whole),
+        TextColumn("{task.fields[more]}", table_column=whole),
+        TimeRemainingColumn(compact=True, table_column=whole),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True) as bars:
         task = bars.add_task(description, total=None, more="")
         is_first = True
 
