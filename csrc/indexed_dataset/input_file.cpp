@@ -18,7 +18,7 @@ BadFile::BadFile(std::string path, std::string reason)
 
 InputFile::InputFile(std::string path) : path_(std::move(path)) {
     do {
-        descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+        descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // or a pipe would wait for a writer
     } while (descriptor_ < 0 && errno == EINTR);
     if (descriptor_ < 0 && errno == ENOENT) throw BadFile(path_, "the file is missing");
     if (descriptor_ < 0) throw FileError(errno, path_);

@@ -160,7 +160,9 @@ std::vector<std::int64_t> Reader::documents_between(std::int64_t first, std::int
     std::int64_t before = first;
     for (std::int64_t& start : starts) {
         if (start < base || start > last) index_.refuse_entry("its documents do not cover its sequences");
-        start = offsets[static_cast<std::size_t>(start - base)] / item;
+        const std::int64_t offset = offsets[static_cast<std::size_t>(start - base)];
+        if (offset < 0 || offset % item != 0) index_.refuse_entry("a sequence does not start at a token");
+        start = offset / item;
         if (start < before || start >= end) index_.refuse_entry("its documents do not lie one after the other");
         before = start;
     }

@@ -25,7 +25,7 @@ struct Piece {
 
 class Packer {
 public:
-    Packer(std::int64_t bins, std::int64_t slots) : bin_of_piece_(), slots_(slots), bins_(bins) {
+    Packer(std::int64_t bins, std::int64_t slots) : bins_(bins) {
         for (std::int64_t bin = 0; bin < bins; ++bin) room_.emplace(slots, bin);
     }
 
@@ -79,7 +79,7 @@ private:
     std::set<std::pair<std::int64_t, std::int64_t>> room_;  // (tokens free, bin) of the bins that are not full
     std::vector<Piece> pieces_;
     std::vector<std::int64_t> bin_of_piece_;
-    std::int64_t slots_, bins_;
+    std::int64_t bins_;
 };
 
 }  // namespace

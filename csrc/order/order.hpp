@@ -1,4 +1,5 @@
-// Packing documents into sequences, and Megatron's blending: the loops of the sample order that numpy cannot express.
+// The loops of the sample order that numpy cannot express, or only slowly: permuting, interleaving sources, packing
+// documents into sequences, and Megatron's blending.
 
 #pragma once
 
@@ -22,7 +23,8 @@ struct Packed {
 // last of a bin can lack its document's end.
 //
 // While anything is left to place, no bin has lost more than one slot (to a token that is repeated, or to room for one
-// token, which is none for a cut), so everything fits if the lengths sum to at most bins * (slots - 1). Throws std::invalid_argument if they do not, or if a length is not positive.
+// token, which is none for a cut), so everything fits if the lengths sum to at most bins * (slots - 1). Throws
+// std::invalid_argument if they do not, or if a length is not positive.
 Packed pack(const std::int64_t* lengths, std::int64_t count, std::int64_t bins, std::int64_t slots, bool open_end);
 
 // An order of a period's samples, counts[s] of them from source s, in which every prefix is within 1 of every share.

@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # plain text: a mistake is one line and no box
     pretty_exceptions_enable=False,
-    help="Pre-trains base language models: from a folder of text to a checkpoint, on any number of devices.",
+    help="Pre-trains base language models: from a folder of text to a checkpoint.",
 )
 app.add_typer(config.app, name="config")
 data.app.command("inspect")(inspect.inspect)

@@ -106,7 +106,10 @@ class GigatokenEncoder:
             self._backend = self._load()
             self._since_load = 0
         self._since_load += sum(map(len, documents))
-        layout = self._backend.encode_batch(documents, parallel=False).layout
+        try:
+            layout = _tried(lambda: self._backend.encode_batch(documents, parallel=False)).layout
+        except Unsupported:  # it has panicked over a text that the reference may well encode
+            return self._tokenizer.encode_documents(documents)
         tokens, offsets = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
         if hard := [i for i, document in enumerate(documents) if self._is_hard(document)]:
             return self._with_reference(documents, hard, tokens, offsets)

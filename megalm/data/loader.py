@@ -181,9 +181,10 @@ class Loader:
         finally:
             threads.shutdown(wait=True, cancel_futures=True)
 
-    def validation(self, micro_size: int) -> list[tuple[str, list[MicroBatch]]]:
+    def validation(self, micro_size: int) -> Iterator[tuple[str, Iterator[MicroBatch]]]:
         """Each source's name and its held-out samples in the order of the text, `micro_size` at a time."""
-        return [(source.name, list(self._held_out(number, micro_size))) for number, source in enumerate(self._sources)]
+        for number, source in enumerate(self._sources):
+            yield source.name, self._held_out(number, micro_size)
 
     def _held_out(self, number: int, micro_size: int) -> Iterator[MicroBatch]:
         split = self._splits[number]

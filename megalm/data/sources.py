@@ -91,7 +91,7 @@ def list_files(inputs: Sequence[Path]) -> Listing:
     for path in sorted(inputs, key=str):
         if path.is_dir():
             every = (Path(root, name) for root, _, names in os.walk(path) for name in names if name[0] != ".")
-            inside = [p for p in every if p.is_file() or p.is_symlink()]  # a pipe would not end; broken links are told
+            inside = [p for p in every if p.is_file() or not p.exists()]  # a pipe would not end; broken links are told
             texts = sorted((p for p in inside if p.name.endswith(SUFFIXES)), key=lambda p: p.parts)
             ignored.update(p.suffix or "no suffix" for p in inside if not p.name.endswith(SUFFIXES))
             if not texts:

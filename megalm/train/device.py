@@ -68,6 +68,7 @@ def measured_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 0
     """FLOP/s of the best of several square matrix products, after a warm-up."""
     side = SQUARE[device.type]
     a = torch.randn(side, side, dtype=dtype, device=device)
+    _wait_for((a @ a).sum())
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()

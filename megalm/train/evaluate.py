@@ -8,7 +8,7 @@ Bits per byte do not depend on the tokenizer, so they compare models with differ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -87,7 +87,7 @@ def _score_group(model: Transformer, tokenizer: Tokenizer, group: list[MicroBatc
 
 
 def score_sources(
-    model: Transformer, tokenizer: Tokenizer, sources: Sequence[tuple[str, list[MicroBatch]]]
+    model: Transformer, tokenizer: Tokenizer, sources: Iterable[tuple[str, Iterable[MicroBatch]]]
 ) -> dict[str, Score]:
     """The score of each source by name."""
     return {name: score(model, tokenizer, batches) for name, batches in sources}
@@ -120,7 +120,7 @@ def evaluate_directory(trained: TrainedModel, directory: Path) -> Evaluated:
         part, first, count = "held out", split.held_out_start, split.held_out
     else:
         part, first, count = "all", 0, (source.tokens - 1) // length
-    if count == 0:
+    if count < 1:
         raise UserError(
             f"{directory}: nothing to evaluate: the run held out {held_out} samples of each source, and the "
             f"directory's {source.tokens} tokens make {(source.tokens - 1) // length} sequences of {length}"

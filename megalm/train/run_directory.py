@@ -66,18 +66,19 @@ def opened(directory: Path) -> Iterator[None]:
     """
     check_directory(directory)
     existed = directory.exists()
-    fresh = not existed or not any(directory.iterdir())
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(directory):
-            yield
-    except BaseException:
-        metrics = directory / "metrics.jsonl"
-        if fresh and not (metrics.exists() and metrics.stat().st_size):
-            shutil.rmtree(directory, ignore_errors=True)
-            if existed:
-                directory.mkdir()
-        raise
+    with _locked(directory):  # who does not hold the lock removes nothing
+        fresh = os.listdir(directory) == [MARK]
+        try:
+            with _logging(directory):
+                yield
+        except BaseException:
+            metrics = directory / "metrics.jsonl"
+            if fresh and not (metrics.exists() and metrics.stat().st_size):
+                shutil.rmtree(directory, ignore_errors=True)
+                if existed:
+                    directory.mkdir()
+            raise
 
 
 @contextmanager
@@ -87,15 +88,22 @@ def _locked(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"run.dir={directory}: another process trains there: choose another directory") from None
-        handler = RunLog(directory / "train.log")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger = logging.getLogger("megalm")
-        logger.addHandler(handler)
-        try:
-            yield
-        finally:
-            logger.removeHandler(handler)
-            handler.close()
+        except OSError as error:
+            raise UserError(f"run.dir={directory}: its file system has no locks ({error.strerror})") from None
+        yield
+
+
+@contextmanager
+def _logging(directory: Path) -> Iterator[None]:
+    handler = RunLog(directory / "train.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("megalm")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def describe(config: Config, directory: Path) -> None:

@@ -128,11 +128,12 @@ def test_validation_reads_the_held_out_windows_in_order_whatever_the_micro_size(
     for micro_size, sizes in [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (64, [5])]:
         loader = make_loader([directory], sequence_length=8, validation_samples=5)
         [(name, batches)] = loader.validation(micro_size)
+        batches = list(batches)
         assert name == "one"
         assert [len(batch.sources_B) for batch in batches] == sizes
         assert join(batches).tokens_T.tolist() == list(range(59, 99))
         assert join(batches).labels_T.tolist() == list(range(60, 100))
-    assert make_loader([directory], validation_samples=0).validation(4) == [("one", [])]
+    assert [(n, list(b)) for n, b in make_loader([directory], validation_samples=0).validation(4)] == [("one", [])]
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2, 50])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -103,3 +104,14 @@ def test_a_checkpoint_is_found_by_its_bare_name(
     monkeypatch.chdir(data)
     assert main(["generate", "a", "--prompt", "x"]) == 2
     assert "is no checkpoint's manifest" in capsys.readouterr().err
+
+
+def test_a_command_that_finds_another_in_the_directory_removes_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".megalm-run").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process trains there" in refusal(capsys, write_config(data, run))
+    assert os.listdir(run) == [".megalm-run"]
