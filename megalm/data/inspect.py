@@ -92,6 +92,6 @@ def sample(directory: Path, manifest: Manifest, tokenizer: Tokenizer, number: in
 def _check(directory: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
         raise UserError(
-            f"{manifest.tokenizer.path}: not the tokenizer that {directory} was prepared with: give that one with "
-            "--tokenizer"
+            f"the tokenizer is not the one that {directory} was prepared with: give that one, which then was "
+            f"{manifest.tokenizer.path}, with --tokenizer"
         )

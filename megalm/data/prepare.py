@@ -38,7 +38,7 @@ from megalm.data.workers import run_in_workers
 from megalm.errors import UserError
 from megalm.files import write_atomic
 
-VERSION = 1  # of what a unit is made to; raise it when the same inputs and settings give other shards
+VERSION = 2  # of what a unit is made to; raise it when the same inputs and settings give other shards
 PROBE_BYTES = 1 << 18  # of the first documents, on which engines are compared
 PROBE_RECORDS = 1000
 MAX_UNITS = 1 << 14  # of a corpus above a terabyte, larger ones are made

@@ -156,14 +156,14 @@ def _batches(block: _Block, key: int | None, batch_bytes: int) -> Iterator[tuple
 
 
 def _ended(tokens: np.ndarray, lengths: np.ndarray, eod: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Documents with `eod` after each, if it is not None."""
+    """Documents with `eod` after each that has tokens, if it is not None."""
     if eod is None:
         return tokens, lengths
-    lengths = lengths + 1
-    ends = np.cumsum(lengths)
-    ended = np.empty(len(tokens) + len(lengths), tokens.dtype)
+    lengths = lengths + (lengths > 0)
+    ends = np.cumsum(lengths[lengths > 0])
+    ended = np.empty(len(tokens) + len(ends), tokens.dtype)
     ended[ends - 1] = eod
-    if len(tokens) > 200 * len(lengths):  # a copy a document is faster than a mask, unless documents are short
+    if len(tokens) > 200 * len(ends):  # a copy a document is faster than a mask, unless documents are short
         start = 0
         for number, end in enumerate(ends.tolist()):
             ended[start : end - 1] = tokens[start - number : end - 1 - number]

@@ -69,6 +69,8 @@ class TiktokenTokenizer(Tokenizer):
         self.eod = next((specials[text] for text in WELL_KNOWN_EODS if text in specials), -1)
         if self.eod < 0:
             raise UserError(f"{source}: no end-of-document token: name one of {', '.join(WELL_KNOWN_EODS[:3])} in it")
+        if not all(0 <= number < 2**31 for number in specials.values()):
+            raise UserError(f"{source}: the id of a special token is not from 0 to {2**31 - 1}")
         taken = set(self._ranks.values()).intersection(specials.values())
         if taken:
             raise UserError(

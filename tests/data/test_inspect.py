@@ -142,5 +142,5 @@ def test_a_tokenizer_that_was_moved_is_found_and_another_refused(
     for options in ([], ["--tokenizer", tmp_path / "other"]):
         assert run(tmp_path / "out", *options) == 2
         assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(UserError, match="not the tokenizer"):
+    with pytest.raises(UserError, match="the tokenizer is not the one"):
         sample(tmp_path / "out", Manifest.load(tmp_path / "out"), load_tokenizer("byte"), 0, 10)

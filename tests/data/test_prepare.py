@@ -21,6 +21,7 @@ from megalm.cli import main
 from megalm.data.indexed import open_shard
 from megalm.data.manifest import Manifest
 from megalm.data.prepare import Settings, SkipLimit, prepare
+from megalm.data.shards import _ended
 from megalm.data.tokenizer import load_tokenizer
 from megalm.data.train_tokenizer import train_tokenizer
 from megalm.errors import UserError
@@ -450,3 +451,11 @@ print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.endswith("False\n")
+
+
+def test_documents_that_become_no_tokens_are_empty() -> None:
+    tokens, lengths = np.array([5, 6, 7], np.uint16), np.array([0, 2, 0, 1, 0])
+    ended, with_ends = _ended(tokens, lengths, 9)
+    assert ended.tolist() == [5, 6, 9, 7, 9]
+    assert with_ends.tolist() == [0, 3, 0, 2, 0]
+    assert [part.tolist() for part in _ended(tokens[:0], np.zeros(2, np.int64), 9)] == [[], [0, 0]]
