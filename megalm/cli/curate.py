@@ -8,21 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megalm.cli.data import Inputs, MoreInputs, Overwrite, TextKey
+from megalm.cli.data import Inputs, MaxSkipped, MoreInputs, Overwrite, TextKey, Workers
 
 if TYPE_CHECKING:
     from megalm.data.curation.parts import Counts
 
 Output = Annotated[Path, typer.Option(metavar="DIR", help="The directory to write: .jsonl files and a report.json.")]
-MaxSkipped = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LIMIT",
-        help="Faulty records to leave out before giving up: a count (100) or a share (1%). Otherwise 1%, or 10.",
-        show_default=False,
-    ),
-]
-Workers = Annotated[int | None, typer.Option(help="Processes; one a CPU if not given.", show_default=False)]
 
 
 def dedup(
@@ -162,6 +153,7 @@ def _set(options: dict[str, Any]) -> dict[str, Any]:
 def _show(output: Path, counts: Counts, rows: Sequence[tuple[str, str]], faults: list[str], seconds: float) -> None:
     """The table of what was removed, and the first faulty records."""
     from megalm.cli import show
+    from megalm.cli.data import show_faults
     from megalm.data.sources import EMPTY
 
     share = counts.kept / max(1, counts.documents)
@@ -177,8 +169,4 @@ def _show(output: Path, counts: Counts, rows: Sequence[tuple[str, str]], faults:
             ("time", f"{seconds:.1f} s, {show.size(counts.text_bytes / seconds)}/s"),
         ],
     )
-    faulty = sum(count for reason, count in counts.skipped.items() if reason != EMPTY)
-    for number, fault in enumerate(faults):
-        rest = faulty - number - 1
-        more = f" (and {rest} more)" if number == len(faults) - 1 and rest else ""
-        typer.echo(f"skipped {show.printable(fault)}{more}")
+    show_faults(faults, sum(count for reason, count in counts.skipped.items() if reason != EMPTY))

@@ -29,6 +29,16 @@ MoreInputs = Annotated[
 TextKey = Annotated[str, typer.Option(help="Where a JSON line, or a row, has its text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote to the output.")]
 
+MaxSkipped = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIMIT",
+        help="Faulty records to leave out before giving up: a count (100) or a share (1%). Otherwise 1%, or 10.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[int | None, typer.Option(help="Processes; one a CPU if not given.", show_default=False)]
+
 
 @app.command()
 def prepare(
@@ -38,16 +48,9 @@ def prepare(
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write.")],
     more_inputs: MoreInputs = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; one a CPU if not given.", show_default=False)] = None,
+    workers: Workers = None,
     text_key: TextKey = "text",
-    max_skipped: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIMIT",
-            help="Faulty records to leave out before giving up: a count (100) or a share (1%). Otherwise 1%, or 10.",
-            show_default=False,
-        ),
-    ] = None,
+    max_skipped: MaxSkipped = None,
     engine: Annotated[
         str,
         typer.Option(
@@ -127,15 +130,21 @@ def show_report(report: Report, output: Path, seconds: float) -> None:
     show.table(f"Prepared {output}" if report.manifest else f"Not yet all of {output}", rows)
     if len(report.sources) > 1:
         _show_sources(report.sources)
-    faulty = whole.faulty.total()
-    for number, example in enumerate(report.examples):
-        more = "" if number < len(report.examples) - 1 or faulty == number + 1 else f" (and {faulty - number - 1} more)"
-        typer.echo(f"skipped {show.printable(example)}{more}")
+    show_faults(report.examples, whole.faulty.total())
     if report.ignored:
         kinds = ", ".join(f"{suffix}: {count}" for suffix, count in report.ignored.items())
         typer.echo(f"left alone files of other kinds in the input folders ({show.printable(kinds)})")
     if not report.manifest:
         typer.echo(f"this rank is done: {output} appears when the other ranks are, too")
+
+
+def show_faults(examples: list[str], faulty: int) -> None:
+    """Prints the first faulty records, and of how many they are."""
+    from megalm.cli import show
+
+    for number, example in enumerate(examples):
+        more = "" if number < len(examples) - 1 or faulty == number + 1 else f" (and {faulty - number - 1} more)"
+        typer.echo(f"skipped {show.printable(example)}{more}")
 
 
 def _show_sources(sources: dict[str, Counts]) -> None:

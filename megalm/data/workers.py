@@ -15,7 +15,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple, TypeVar
@@ -107,12 +107,13 @@ def map_in_order(
         return
     done: dict[int, Result] = {}
     wanted = 0
-    numbered = enumerate(tasks)
-    for number, result in run_in_workers(_Quiet(make), numbered, workers, _no_report, ahead=AHEAD * workers):
-        done[number] = result
-        while wanted in done:
-            yield done.pop(wanted)
-            wanted += 1
+    results = run_in_workers(_Quiet(make), enumerate(tasks), workers, _no_report, ahead=AHEAD * workers)
+    with closing(results):
+        for number, result in results:
+            done[number] = result
+            while wanted in done:
+                yield done.pop(wanted)
+                wanted += 1
 
 
 def _no_report(*_: Any) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from megalm.data.counts import reasons
 from megalm.data.curation.documents import Document
 from megalm.data.prepare import SkipLimit
 from megalm.data.sources import EMPTY, Unit, list_files, make_units
@@ -117,14 +118,14 @@ class Ledger:
     def check(self) -> None:
         """A `UserError` if more records are faulty than the limit allows, or none has a text."""
         faulty = Counter({reason: count for reason, count in self.counts.skipped.items() if reason != EMPTY})
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.counts.skipped.items()))
+        found = reasons(self.counts.skipped)
         if not self._limit.allows(faulty.total(), self.counts.records):
             raise UserError(
-                f"--input: {faulty.total()} of {self.counts.records} records are faulty ({reasons}; first "
+                f"--input: {faulty.total()} of {self.counts.records} records are faulty ({found}; first "
                 f"{self.faults[0]}), more than --max-skipped allows: mend them, or raise it"
             )
         if self.counts.documents == 0:
-            raise UserError(f"--input: no document in it has a text{f' ({reasons})' if reasons else ''}")
+            raise UserError(f"--input: no document in it has a text{f' ({found})' if found else ''}")
 
 
 def place(unit: Unit, before: Sequence[int], spot: Spot) -> str:
