@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from megalm.config.batches import BatchPlan, plan_batches
 from megalm.config.explain import explain, one_line, show
 from megalm.config.presets import PRESETS
-from megalm.config.rules import batch_sizes, broken_rules, data_ranks, fewest_processes
-from megalm.config.sections import Config, Data, Model, Schedule
+from megalm.config.rules import batch_sizes, broken_rules, data_ranks, fewest_processes, pipeline_chunks
+from megalm.config.sections import Config, Data, Model, Parallel, Schedule
 from megalm.config.text import Raw, apply_overrides, read_yaml
 from megalm.errors import UserError, nearest
 
@@ -92,10 +92,21 @@ def _derive(config: Config, processes: int) -> Config:
             ),
             "data": _derive_data(config.data),
             "batch": config.batch.model_copy(update={"micro_size": config.batch.micro_size or _micro(config, data)}),
-            "parallel": config.parallel.model_copy(update={"data": data}),
+            "parallel": _derive_parallel(config.parallel, data),
             "schedule": schedule,
             "checkpoint": config.checkpoint.model_copy(update={"every": config.checkpoint.every or tenth}),
             "evaluate": config.evaluate.model_copy(update={"every": config.evaluate.every or tenth}),
+        }
+    )
+
+
+def _derive_parallel(parallel: Parallel, data: int) -> Parallel:
+    pipeline, zero = parallel.pipeline, parallel.zero
+    return parallel.model_copy(
+        update={
+            "data": data,
+            "pipeline": pipeline.model_copy(update={"chunks": pipeline_chunks(pipeline)}),
+            "zero": zero.model_copy(update={"shard": zero.shard or data}),
         }
     )
 

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from math import isqrt
 
 from megalm.config.explain import choices
-from megalm.config.sections import Batch, Config, Data, Model, Parallel, Schedule, Stage
+from megalm.config.sections import Batch, Config, Data, Model, Parallel, Pipeline, Schedule, Stage
 from megalm.errors import nearest
+
+CHUNKS = {"gpipe": (1,), "1f1b": (1,), "zb-h1": (1,), "zbv": (2,), "dualpipev": (2,)}
+"""Stages a rank of the schedules that leave no choice."""
 
 
 def broken_rules(config: Config, processes: int) -> Iterator[str]:
@@ -28,6 +31,13 @@ def fewest_processes(parallel: Parallel) -> int:
 def data_ranks(parallel: Parallel, processes: int) -> int:
     """Size of the data axis, with `auto` filling what is left."""
     return processes // (parallel.tensor * parallel.pipeline.size) if parallel.data == "auto" else parallel.data
+
+
+def pipeline_chunks(pipeline: Pipeline) -> int:
+    """Stages a rank, as given or as the schedule wants."""
+    if pipeline.chunks is not None or pipeline.size == 1:
+        return pipeline.chunks or 1
+    return CHUNKS.get(pipeline.schedule, (1 if pipeline.schedule == "auto" else 2,))[0]
 
 
 def batch_sizes(batch: Batch) -> Iterator[tuple[str, int]]:
@@ -136,7 +146,7 @@ def _ramp(batch: Batch) -> Iterator[str]:
 
 def _layout(config: Config, processes: int) -> Iterator[str]:
     parallel, model, batch = config.parallel, config.model, config.batch
-    tensor, stages, chunks = parallel.tensor, parallel.pipeline.size, parallel.pipeline.chunks
+    tensor, stages, chunks = parallel.tensor, parallel.pipeline.size, pipeline_chunks(parallel.pipeline)
     yield from _processes(parallel, processes)
     yield from _must_divide("parallel.tensor", tensor, "model.num_heads", model.num_heads)
     yield from _must_divide("parallel.tensor", tensor, "model.ffn_size", model.ffn_size)
@@ -146,13 +156,21 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
             f"parallel.tensor={tensor} neither divides model.num_kv_heads={keys} nor is a multiple of it: "
             f"choose {choices(_divisors(keys, tensor))}, or a multiple of {keys}"
         )
+    if parallel.sequence_sharding:
+        yield from _must_divide("parallel.tensor", tensor, "data.sequence_length", config.data.sequence_length)
     if chunks > 1 and stages == 1:
         yield f"parallel.pipeline.chunks={chunks} has no meaning with pipeline.size=1: set chunks=1"
+    if stages > 1 and chunks not in (allowed := CHUNKS.get(parallel.pipeline.schedule, (chunks,))):
+        yield (
+            f"parallel.pipeline.chunks={chunks} does not fit parallel.pipeline.schedule={parallel.pipeline.schedule}, "
+            f"which has {allowed[0]}: leave it out"
+        )
     if stages * chunks > model.num_layers:
         product = f"parallel.pipeline.size={stages}" + (f" * parallel.pipeline.chunks={chunks}" if chunks > 1 else "")
         yield f"{product} is more than model.num_layers={model.num_layers}: every chunk needs a layer, choose less"
 
     data = max(data_ranks(parallel, processes), 1)
+    yield from _must_divide("parallel.zero.shard", parallel.zero.shard or data, "the data ranks", data)
     for key, size in batch_sizes(batch):
         if size % data:
             yield f"{key}={size} cannot be shared between {data} data ranks: choose a multiple of {data}"

@@ -43,6 +43,8 @@ class Run(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, all but the results of matrix products and attention
     (`selective`), or whole blocks (`full`)."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds after which a rank that does not answer ends the run."""
 
 
 class RopeScaling(Section):
@@ -200,24 +202,37 @@ class Batch(Section):
 
 class Pipeline(Section):
     size: int = Field(default=1, gt=0)
-    """Number of pipeline stages."""
+    """Number of pipeline ranks."""
     schedule: Literal[
         "gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "interleaved-zb", "zbv", "dualpipev", "auto"
     ] = "1f1b"
     """Order of forward and backward passes over the stages; with one stage all are the same."""
-    chunks: int = Field(default=1, gt=0)
-    """Model chunks a rank."""
+    chunks: int | None = Field(default=None, gt=0)
+    """Stages a rank; derived: 1, or 2 for the schedules that need several."""
+    split: str | None = None
+    """Layers of each stage, such as `5,6,6,5`; derived: such that the slowest stage is fastest."""
 
 
 class Zero(Section):
     stage: int = Field(default=1, ge=0, le=3)
     """What is sharded over data ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too; with one data
     rank all are the same."""
+    shard: int | None = Field(default=None, gt=0)
+    """Data ranks, neighbours, that share one copy; groups of them replicate it (hybrid sharding); derived: all data
+    ranks."""
+    engine: Literal["fsdp", "deepspeed"] = "fsdp"
+    """What shards: torch's FSDP2, or DeepSpeed with the settings of the section `deepspeed` (without a pipeline)."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where parameters and optimizer state rest: on the device, in the host's memory, or on disk (DeepSpeed only)."""
 
 
 class Parallel(Section):
     tensor: int = Field(default=1, gt=0)
     """Ranks that share each layer's matrices."""
+    sequence_sharding: bool = True
+    """Tensor ranks share the activations between the layers' matrices, too, by rows of tokens."""
+    tensor_overlap: int = Field(default=1, gt=0)
+    """Chunks into which a gather before a matrix product is cut, so that each travels while another is multiplied."""
     pipeline: Pipeline = Pipeline()
     """Ranks that share the layers."""
     data: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"

@@ -270,7 +270,7 @@ LAYOUTS = [
     ("parallel.tensor=2 parallel.data=2", 8, "makes 4 processes, this run has 8: set parallel.data=auto"),
     ("parallel.pipeline.size=16", 16, "parallel.pipeline.size=16 is more than model.num_layers=8: every chunk needs"),
     (
-        "parallel.pipeline.size=4 parallel.pipeline.chunks=4",
+        "parallel.pipeline.size=4 parallel.pipeline.chunks=4 parallel.pipeline.schedule=interleaved",
         4,
         "parallel.pipeline.size=4 * parallel.pipeline.chunks=4 is more than model.num_layers=8",
     ),

@@ -275,7 +275,11 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
                 },
             ),
             parallel=st.fixed_dictionaries(
-                {"tensor": st.sampled_from([1, 2]), "data": st.sampled_from(["auto", 1, 2])}
+                {
+                    "tensor": st.sampled_from([1, 2]),
+                    "sequence_sharding": st.just(False),
+                    "data": st.sampled_from(["auto", 1, 2]),
+                }
             ),
         ),
     }

@@ -8,8 +8,8 @@ from megalm.parallel.pipeline.plan import one_stage_plan
 
 
 def test_each_micro_batch_goes_forward_and_straight_back() -> None:
-    assert " ".join(map(str, one_stage_plan(3)[0])) == "F0 B0 F1 B1 F2 B2"
-    assert " ".join(map(str, one_stage_plan(3, forward_only=True)[0])) == "F0 F1 F2"
+    assert " ".join(map(str, one_stage_plan(3)[0])) == "F0.0 B0.0 F0.1 B0.1 F0.2 B0.2"
+    assert " ".join(map(str, one_stage_plan(3, forward_only=True)[0])) == "F0.0 F0.1 F0.2"
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])

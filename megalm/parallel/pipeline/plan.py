@@ -1,4 +1,13 @@
-"""What a pipeline rank does in one step, as data: a list of actions, made before the step and run by the executor.
+"""What each pipeline rank does in one step, as data: lists of actions, made before the step and run by the executor.
+
+A model is cut into `stages` along its layers; a placement says which rank holds which stages (several are its chunks).
+An action is one operation of one stage on one micro-batch:
+
+    F forward      B backward whole          I input gradient only      W the weight gradient that I left
+    >F <F          activations to the next stage, from the one before  (sent by the stage named, received by it)
+    >B <B          their gradients, to the stage before, from the next
+    R              the stage's gradients are complete: reduce them over the data ranks
+    T              tied weights: add the gradients of the first stage's and the last one's copy
 
 One stage is the plan for no pipeline: each micro-batch goes forward and straight back, so that one micro-batch's
 activations are alive at a time and gradients add up (gradient accumulation): F0 B0 F1 B1 ...; for evaluation F0 F1 ...
@@ -13,22 +22,43 @@ from enum import Enum
 class Op(Enum):
     FORWARD = "F"
     BACKWARD = "B"
+    INPUT_GRADIENT = "I"
+    WEIGHT_GRADIENT = "W"
+    SEND_ACTIVATION = ">F"
+    RECEIVE_ACTIVATION = "<F"
+    SEND_GRADIENT = ">B"
+    RECEIVE_GRADIENT = "<B"
+    REDUCE = "R"
+    TIED = "T"
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One operation on one micro-batch by one stage."""
+    """One operation of one stage; `micro_batch` is -1 for REDUCE and TIED, which are of all."""
 
     op: Op
     stage: int
-    micro_batch: int
+    micro_batch: int = -1
 
     def __str__(self) -> str:
-        return f"{self.op.value}{self.micro_batch}"
+        return f"{self.op.value}{self.stage}" + (f".{self.micro_batch}" if self.micro_batch >= 0 else "")
 
 
 Plan = tuple[tuple[Action, ...], ...]
 """For each pipeline rank, its actions in order."""
+
+Placement = tuple[int, ...]
+"""For each stage, in the order of the layers, the pipeline rank that holds it."""
+
+
+def looped(ranks: int, chunks: int) -> Placement:
+    """Rank r holds the stages r, r + ranks, r + 2 ranks, ..."""
+    return tuple(range(ranks)) * chunks
+
+
+def v_shaped(ranks: int) -> Placement:
+    """Down and back up: rank r holds the stages r and 2 ranks - 1 - r, so rank 0 has the first and the last."""
+    return (*range(ranks), *reversed(range(ranks)))
 
 
 def one_stage_plan(micro_batches: int, forward_only: bool = False) -> Plan:

@@ -1,0 +1,68 @@
+"""Weight gradients that wait: a linear layer's backward gives its input's gradient at once and leaves the product for
+the weight's gradient here, to be run when the pipeline has nothing better to do (zero bubble, arXiv 2401.10241).
+
+    executor                       layer's backward                executor
+    defer(key)  -> backward() ->   put(product)  put(product) ->   run(key)
+
+The queue is an object that the layers are given, and no context variable: on a GPU autograd runs on threads of its own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight gradient that is left to be computed."""
+
+    run: Callable[[], None]
+    """Computes it and adds it to the parameter's `.grad`."""
+    prepare: Callable[[], None] | None = None
+    """Starts what `run` will wait for, such as gathering the layer's input again; must not block."""
+
+
+@dataclass
+class WeightGradientQueue:
+    """The products of each (stage, micro-batch), in the order of the backward pass."""
+
+    key: Hashable | None = None
+    """Where `put` puts; None where weight gradients are computed at once."""
+    _waiting: dict[Hashable, list[Product]] = field(default_factory=lambda: defaultdict(list))
+
+    @contextmanager
+    def defer(self, key: Hashable) -> Iterator[None]:
+        """A backward pass inside of this block leaves its weight gradients under `key`."""
+        self.key = key
+        try:
+            yield
+        finally:
+            self.key = None
+
+    def put(self, product: Product) -> None:
+        """Called by a layer's backward while `key` is set."""
+        assert self.key is not None, "nothing is deferred"
+        self._waiting[self.key].append(product)
+
+    def prepare(self, key: Hashable) -> None:
+        """Starts what the first product under `key` waits for."""
+        if (waiting := self._waiting.get(key)) and waiting[0].prepare is not None:
+            waiting[0].prepare()
+
+    def run(self, key: Hashable) -> None:
+        """Computes and forgets all under `key`, each product's successor prepared before it runs."""
+        products = self._waiting.pop(key, [])
+        for product, successor in zip(products, [*products[1:], None], strict=True):
+            if successor is not None and successor.prepare is not None:
+                successor.prepare()
+            product.run()
+
+
+def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """Adds to `.grad`, as autograd does."""
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
