@@ -13,18 +13,17 @@ cross in one group could wait for each other for ever.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from megalm.parallel.mesh import Axis, Mesh
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from megalm.parallel.pipeline.plan import Placement
 
 AHEAD = 2  # receives that wait for each sender: one is being filled while the other is taken
 Shape = tuple[int, ...]
@@ -37,6 +36,11 @@ def one_way(mesh: Mesh, source: int, target: int) -> Axis:
     return mesh.down if target == (source + 1) % size and (size > 2 or source < target) else mesh.up
 
 
+def _group(axis: Axis) -> ProcessGroup:
+    assert axis.group is not None, "only a pipeline of several ranks sends messages"
+    return axis.group
+
+
 def warm_up(mesh: Mesh) -> None:
     """Sends a byte along each way, one after the other in the same order on all ranks: NCCL makes a communicator for
     two ranks with their first message, and ranks that do so in different orders would wait for each other."""
@@ -44,8 +48,7 @@ def warm_up(mesh: Mesh) -> None:
     byte = torch.zeros(1, dtype=torch.uint8, device=mesh.device)
     ways = {(i, (i + step) % size) for i in range(size) for step in (1, -1)} if size > 1 else set()
     for source, target in sorted(ways):
-        group = one_way(mesh, source, target).group
-        assert group is not None, "a pipeline of several ranks has groups"
+        group = _group(one_way(mesh, source, target))
         if rank == source:
             group.send([byte], target, 0).wait()
         elif rank == target:
@@ -95,8 +98,7 @@ class Inbox:
     def __init__(self, mesh: Mesh, source: int, buffers: Buffers) -> None:
         self.source, self.buffers = source, buffers
         self.axis = one_way(mesh, source, mesh.pipeline.rank)
-        assert self.axis.group is not None, "only a pipeline of several ranks sends messages"
-        self.group = self.axis.group
+        self.group = _group(self.axis)
         self.micro_batches: list[int] = []
         """Of each message."""
         self._posted = 0
@@ -135,18 +137,17 @@ class Inbox:
 
 
 class Outbox:
-    """What this rank sends one pipeline rank. At most `limit` messages wait to be received: a plan whose order holds even
-    if each send blocks holds if one waits for an older one."""
+    """What this rank sends one pipeline rank. At most `limit` messages wait to be received: a plan that completes even
+    if each send blocks completes if one waits for an older one."""
 
     def __init__(self, mesh: Mesh, target: int, limit: int) -> None:
         self.target, self.limit = target, limit
         self.axis = one_way(mesh, mesh.pipeline.rank, target)
-        assert self.axis.group is not None, "only a pipeline of several ranks sends messages"
-        self.group = self.axis.group
+        self.group = _group(self.axis)
         self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
 
     def send(self, tensor: Tensor) -> None:
-        """Keeps the tensor until it is sent. gloo says that a send is complete only to who waits for it, hence the limit."""
+        """Keeps the tensor until it is sent. gloo tells only who waits that a send is complete: hence the limit."""
         leaving = self._leaving
         while leaving and leaving[0][0].is_completed():
             leaving.popleft()
@@ -162,3 +163,28 @@ class Outbox:
     def _wait(self) -> None:
         with _peer_named(self.axis, self.target, "sending to it"):
             self._leaving.popleft()[0].wait()
+
+
+def add_tied_gradients(mesh: Mesh, placement: Placement, copies: Sequence[Tensor]) -> None:
+    """Gives both copies of a tied weight the sum of their gradients, bit for bit. `copies`: those on this rank, two
+    if it has the first and the last stage, or one, whose other is at the other end of the pipeline."""
+    gradients = [_local_gradient(copy) for copy in copies]
+    if len(gradients) == 1:
+        mine = gradients[0].contiguous()
+        other = placement[-1] if mesh.pipeline.rank == placement[0] else placement[0]
+        theirs = torch.empty_like(mine)
+        sent = _group(one_way(mesh, mesh.pipeline.rank, other)).send([mine], other, 0)
+        received = _group(one_way(mesh, other, mesh.pipeline.rank)).recv([theirs], other, 0)
+        with _peer_named(mesh.pipeline, other, "exchanging tied gradients with it"):
+            received.wait()
+            sent.wait()  # before the sum changes what is sent
+        gradients.append(theirs)
+    total = gradients[0] + gradients[1]  # a sum of two does not depend on their order
+    for copy in copies:
+        _local_gradient(copy).copy_(total)
+
+
+def _local_gradient(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    assert gradient is not None, "tied weights always have gradients"
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
