@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -14,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from megalm.config.sections import Model, Zero
 from megalm.model.init import initialise
 from megalm.model.transformer import ModelInputs, Stage, Transformer
-from megalm.parallel.mesh import Layout, Mesh, build_mesh
+from megalm.parallel.mesh import Layout, build_mesh
 from megalm.parallel.pipeline.executor import Executor
 from megalm.parallel.pipeline.p2p import add_tied_gradients, warm_up
 from megalm.parallel.pipeline.plan import Placement, Schedule, placement_of
@@ -24,12 +23,13 @@ from megalm.parallel.weight_gradients import WeightGradientQueue
 from megalm.parallel.zero.sync import GradientSync, NoSync
 
 HIDDEN, VOCABULARY, LENGTH = 16, 40, 8
+TWO_RANKS = Layout(pipeline=2)
 
 
 @dataclass(frozen=True)
 class Case:
     schedule: Schedule = "1f1b"
-    layout: Layout = Layout(pipeline=2)
+    layout: Layout = TWO_RANKS
     chunks: int = 1
     micro_batches: int = 4
     tied: bool = False
