@@ -109,6 +109,11 @@ class Model(Section):
     """Output logits z become `cap * tanh(z / cap)`."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log-normaliser in the training loss (PaLM, section 5)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each label's weight that is spread evenly over the vocabulary, in the training loss (arXiv
+    1512.00567, section 7)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the embedding's, attention's and feed-forward layer's outputs that is dropped in training."""
     document_attention: bool = True
     """Tokens attend only within their own document; positions start anew at each document."""
     init_std: float = Field(default=0.02, gt=0)

@@ -1,7 +1,8 @@
 """Initial weights as a function of (seed, parameter name, global index) and of nothing else.
 
 A matrix is cut into blocks of rows; each block is drawn by its own generator, seeded by a hash of seed, name and block
-number. So whoever owns some rows draws the blocks that hold them, and no rank or layout changes a weight.
+number. So whoever owns some rows draws the blocks that hold them, and no rank or layout changes a weight. Whoever owns
+some columns draws whole rows and keeps its columns; what stands for no row of the parameter (padding) is zero.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import math
 import torch
 import xxhash
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megalm.config.sections import Model
 from megalm.model.transformer import Transformer
+from megalm.parallel.part import Part
 
 ROWS = 256  # rows a block
 
@@ -37,14 +41,29 @@ def initial_std(config: Model, name: str) -> float:
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
-    """Fills all parameters: matrices normal, norms one, biases zero."""
+    """Fills all parameters: matrices normal, norms one, biases zero. Those that FSDP has sharded are filled shard by
+    shard, so that no rank draws what it does not hold."""
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            rows, width = parameter.shape
-            # A slice at a time, so that the CPU copy of a large matrix stays small.
-            for first in range(0, rows, 16 * ROWS):
-                count = min(16 * ROWS, rows - first)
-                part = normal_rows(seed, name, first, count, width, initial_std(model.config, name))
-                parameter[first : first + count].copy_(part)
+        part = model.parts[name]
+        if isinstance(parameter, DTensor):
+            place = parameter.shape, parameter.device_mesh, parameter.placements
+            _, (first, *_) = compute_local_shape_and_global_offset(*place)
+            fill(parameter.to_local(), model.config, seed, name, part, first)
         else:
-            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            fill(parameter, model.config, seed, name, part)
+
+
+@torch.no_grad()
+def fill(target: Tensor, config: Model, seed: int, name: str, part: Part, first: int = 0) -> None:
+    """Fills `target`, the rows of `part` from row `first` on, with the initial values of the parameter `name`."""
+    if target.ndim == 1:
+        target.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        return
+    column, width, std = part.offset[1], part.size[1], initial_std(config, name)
+    rows = max(0, min(len(target), part.size[0] - first))
+    target[rows:] = 0
+    # A slice at a time, so that the CPU copy of a large matrix stays small.
+    for start in range(0, rows, 16 * ROWS):
+        count = min(16 * ROWS, rows - start)
+        whole = normal_rows(seed, name, part.offset[0] + first + start, count, part.shape[1], std)
+        target[start : start + count].copy_(whole[:, column : column + width])

@@ -3,9 +3,12 @@
     tokens -> embedding -> [x + attention(norm(x)) -> x + feed_forward(norm(x))] * L -> norm -> head (with the loss)
 
 Activations are token-major: a micro-batch of B sequences of S tokens is T = B * S rows, and `segments` says where
-documents end. Parameter names hold the global layer number, so they do not depend on how layers are spread.
+documents end. Parameter names hold the global layer number, so they do not depend on how layers are spread: a pipeline
+rank builds the stages that it holds and no more. On several tensor ranks each has some heads, some of the feed-forward
+layer and some of the vocabulary; with sequence sharding, between these it has R = T / ranks rows (else R = T).
 
-Shapes: T tokens, D hidden, H query heads, K key/value heads, E head dim, F feed-forward, V vocabulary.
+Shapes: T tokens, R rows of this rank, D hidden, H query heads, K key/value heads, E head dim, F feed-forward, V
+vocabulary; of H, K, F and V those of this rank.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +24,53 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from megalm.config.sections import Model, known
-from megalm.model.layers import Embedding, LayerNorm, Linear, RMSNorm
+from megalm.model.layers import LayerNorm, PositionEmbedding, RMSNorm
 from megalm.ops.attention import Segments, attention, attention_to_cache
-from megalm.ops.cross_entropy import linear_cross_entropy
+from megalm.ops.dropout import dropout, row_keys
 from megalm.ops.rotary import apply_rotary, llama3_scaled, rotary_frequencies, rotary_tables
+from megalm.parallel.part import Part
+from megalm.parallel.tensor.axis import TensorParallel
+from megalm.parallel.tensor.linear import ColumnLinear, RowLinear, column
+from megalm.parallel.tensor.vocabulary import VocabularyMatrix
 
 Rotary = tuple[Tensor, Tensor]
 Recompute = Literal["none", "selective", "full"]
+
+
+class ModelInputs(NamedTuple):
+    """A micro-batch as the model reads it: the same on every tensor rank and in every stage."""
+
+    tokens_T: Tensor
+    """int64."""
+    positions_T: Tensor
+    """int64, from 0 in each document."""
+    ends: Tensor
+    """int32: cumulative ends of the documents, `[0, ..., T]`; may stay on the CPU."""
+    labels_T: Tensor
+    """int64: the token after each."""
+    counted_T: Tensor
+    """bool: which tokens' losses count."""
+    keys_B: Tensor | None = None
+    """int64, the sequences' `megalm.ops.dropout.sequence_keys`; None drops nothing, as in evaluation."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the model: some layers, and what comes before and after all layers if it `embeds` or `predicts`."""
+
+    first_layer: int
+    end_layer: int
+    embeds: bool
+    predicts: bool
+
+
+class Context(NamedTuple):
+    """What all blocks need of a micro-batch."""
+
+    segments: Segments
+    rotary: Rotary | None = None
+    keys_R: Tensor | None = None
+    """For dropout, of this rank's rows."""
 
 
 @dataclass
@@ -59,37 +102,40 @@ def selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextM
     return create_selective_checkpoint_contexts(list(KEPT))
 
 
-def norm_layer(config: Model, width: int) -> RMSNorm | LayerNorm:
-    return (RMSNorm if config.norm == "rmsnorm" else LayerNorm)(width, config.norm_eps)
+def norm_layer(config: Model, tp: TensorParallel) -> RMSNorm | LayerNorm:
+    kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
+    return kind(tp, config.hidden_size, config.norm_eps, partial=tp.sequence)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) within documents."""
+    """Grouped-query attention (arXiv 2305.13245) within documents. Where there are fewer key/value heads than tensor
+    ranks, neighbours hold the same one."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, tp: TensorParallel) -> None:
         super().__init__()
+        self.tp = tp
         hidden, self.head_dim = config.hidden_size, known(config.head_dim)
         q_width, kv_width = config.num_heads * self.head_dim, known(config.num_kv_heads) * self.head_dim
-        self.query = Linear(hidden, q_width, config.qkv_bias)
-        self.key = Linear(hidden, kv_width, config.qkv_bias)
-        self.value = Linear(hidden, kv_width, config.qkv_bias)
-        self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.output = Linear(q_width, hidden, config.attention_bias)
+        copies = max(1, tp.axis.size // known(config.num_kv_heads))
+        self.query = ColumnLinear(tp, hidden, q_width, config.qkv_bias)
+        self.key = ColumnLinear(tp, hidden, kv_width, config.qkv_bias, copies)
+        self.value = ColumnLinear(tp, hidden, kv_width, config.qkv_bias, copies)
+        self.query_norm = self.key_norm = None
+        if config.qk_norm:
+            self.query_norm = RMSNorm(tp, self.head_dim, config.norm_eps, partial=True)
+            self.key_norm = RMSNorm(tp, self.head_dim, config.norm_eps, partial=True)
+        self.output = RowLinear(tp, q_width, hidden, config.attention_bias)
         self.window, self.softcap = config.sliding_window, config.attention_softcap
 
-    def forward(
-        self, x_TD: Tensor, rotary: Rotary | None, segments: Segments, cache: LayerCache | None = None
-    ) -> Tensor:
-        q_THE = self.query(x_TD).unflatten(-1, (-1, self.head_dim))
-        k_TKE = self.key(x_TD).unflatten(-1, (-1, self.head_dim))
-        v_TKE = self.value(x_TD).unflatten(-1, (-1, self.head_dim))
+    def forward(self, x_RD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        projected = column(x_RD, [self.query, self.key, self.value], self.tp)
+        q_THE, k_TKE, v_TKE = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if self.query_norm is not None and self.key_norm is not None:
             q_THE, k_TKE = self.query_norm(q_THE), self.key_norm(k_TKE)
-        if rotary is not None:
-            q_THE, k_TKE = apply_rotary(q_THE, rotary), apply_rotary(k_TKE, rotary)
+        if context.rotary is not None:
+            q_THE, k_TKE = apply_rotary(q_THE, context.rotary), apply_rotary(k_TKE, context.rotary)
         if cache is None:
-            out_THE = attention(q_THE, k_TKE, v_TKE, segments, self.window, self.softcap)
+            out_THE = attention(q_THE, k_TKE, v_TKE, context.segments, self.window, self.softcap)
         else:
             out_THE = attention_to_cache(q_THE, *cache.append(k_TKE, v_TKE), self.window, self.softcap)
         return self.output(out_THE.flatten(1))
@@ -98,98 +144,146 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202), or two matrices with GELU between."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, tp: TensorParallel) -> None:
         super().__init__()
+        self.tp = tp
         gated = config.activation == "swiglu"
-        self.gate = Linear(config.hidden_size, config.ffn_size, config.ffn_bias) if gated else None
-        self.up = Linear(config.hidden_size, config.ffn_size, config.ffn_bias)
-        self.down = Linear(config.ffn_size, config.hidden_size, config.ffn_bias)
+        self.gate = ColumnLinear(tp, config.hidden_size, config.ffn_size, config.ffn_bias) if gated else None
+        self.up = ColumnLinear(tp, config.hidden_size, config.ffn_size, config.ffn_bias)
+        self.down = RowLinear(tp, config.ffn_size, config.hidden_size, config.ffn_bias)
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor) -> Tensor:
         if self.gate is not None:
-            return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
-        return self.down(F.gelu(self.up(x_TD), approximate=self.approximate))
+            gate_TF, up_TF = column(x_RD, [self.gate, self.up], self.tp)
+            return self.down(F.silu(gate_TF) * up_TF)
+        (up_TF,) = column(x_RD, [self.up], self.tp)
+        return self.down(F.gelu(up_TF, approximate=self.approximate))
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block, with its activations kept or computed again as `recompute` says."""
+    """Pre-norm transformer block `number`, with its activations kept or computed again as `recompute` says."""
 
-    def __init__(self, config: Model, recompute: Recompute) -> None:
+    def __init__(self, config: Model, number: int, recompute: Recompute, tp: TensorParallel) -> None:
         super().__init__()
-        self.recompute = recompute
-        self.attention_norm = norm_layer(config, config.hidden_size)
-        self.attention = Attention(config)
-        self.feed_forward_norm = norm_layer(config, config.hidden_size)
-        self.feed_forward = FeedForward(config)
+        self.number, self.recompute, self.dropout = number, recompute, config.dropout
+        self.attention_norm = norm_layer(config, tp)
+        self.attention = Attention(config, tp)
+        self.feed_forward_norm = norm_layer(config, tp)
+        self.feed_forward = FeedForward(config, tp)
 
-    def forward(
-        self, x_TD: Tensor, rotary: Rotary | None, segments: Segments, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x_RD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.compute(x_TD, rotary, segments, cache)
-        recomputed = partial(checkpoint, self.compute, x_TD, rotary, segments, use_reentrant=False)
+            return self.compute(x_RD, context, cache)
+        recomputed = partial(checkpoint, self.compute, x_RD, context, use_reentrant=False)
         # torch.compile takes `context_fn` for selective recomputation only.
         return recomputed(context_fn=selective_contexts) if self.recompute == "selective" else recomputed()
 
-    def compute(
-        self, x_TD: Tensor, rotary: Rotary | None, segments: Segments, cache: LayerCache | None = None
-    ) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotary, segments, cache)
-        return x_TD + self.feed_forward(self.feed_forward_norm(x_TD))
+    def compute(self, x_RD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        y_RD = self.attention(self.attention_norm(x_RD), context, cache)
+        x_RD = x_RD + dropped(y_RD, context, 2 * self.number + 1, self.dropout)
+        y_RD = self.feed_forward(self.feed_forward_norm(x_RD))
+        return x_RD + dropped(y_RD, context, 2 * self.number + 2, self.dropout)
+
+
+def dropped(x_RD: Tensor, context: Context, site: int, rate: float) -> Tensor:
+    """Dropout where there is any: site 0 is the embedding, each block has two."""
+    return x_RD if context.keys_R is None else dropout(x_RD, context.keys_R, site, rate)
 
 
 class Transformer(nn.Module):
-    """The whole model. `config.vocab_size` must be set. Parameters are uninitialised: see `megalm.model.init`."""
+    """One stage of the model, or with no `stage` the whole. `config.vocab_size` must be set. Parameters are
+    uninitialised: see `megalm.model.init`."""
 
-    def __init__(self, config: Model, compute: torch.dtype = torch.float32, recompute: Recompute = "none") -> None:
+    def __init__(
+        self,
+        config: Model,
+        compute: torch.dtype = torch.float32,
+        recompute: Recompute = "none",
+        tp: TensorParallel | None = None,
+        stage: Stage | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.compute = config, compute
-        self.embedding = Embedding(known(config.vocab_size), config.hidden_size)
-        self.position_embedding = None
-        if config.position == "learned":
-            self.position_embedding = Embedding(known(config.max_positions), config.hidden_size)
-        self.layers = nn.ModuleDict({str(i): Block(config, recompute) for i in range(config.num_layers)})
-        self.final_norm = norm_layer(config, config.hidden_size)
-        self.head = None if config.tie_embeddings else Linear(config.hidden_size, known(config.vocab_size), bias=False)
+        tp = tp or TensorParallel()
+        stage = stage or Stage(0, config.num_layers, True, True)
+        self.config, self.compute, self.tp, self.stage = config, compute, tp, stage
+        vocabulary, width = known(config.vocab_size), config.hidden_size
+        self.embedding = self.position_embedding = self.final_norm = self.head = None
+        if stage.embeds or (stage.predicts and config.tie_embeddings):
+            self.embedding = VocabularyMatrix(tp, vocabulary, width, primary=stage.embeds)
+        if stage.embeds and config.position == "learned":
+            self.position_embedding = PositionEmbedding(tp, known(config.max_positions), width)
+        numbers = range(stage.first_layer, stage.end_layer)
+        self.layers = nn.ModuleDict({str(i): Block(config, i, recompute, tp) for i in numbers})
+        if stage.predicts:
+            self.final_norm = norm_layer(config, tp)
+            self.head = None if config.tie_embeddings else VocabularyMatrix(tp, vocabulary, width)
+        self.parts: dict[str, Part] = {
+            f"{module_name}.{name}": part
+            for module_name, module in self.named_modules()
+            if module_name
+            for name, part in getattr(module, "parts", {}).items()
+        }
+        """What this rank holds of each parameter, by its name."""
 
     @property
-    def head_weight(self) -> Tensor:
-        """The output matrix [V, D], the embedding's where it is tied."""
-        return (self.head or self.embedding).weight
+    def output(self) -> VocabularyMatrix:
+        """The output matrix, the embedding's where it is tied."""
+        matrix = self.embedding if self.config.tie_embeddings else self.head
+        assert matrix is not None, "this stage does not predict"
+        return matrix
 
     def hidden(
-        self, tokens_T: Tensor, positions_T: Tensor, ends: Tensor, caches: list[LayerCache] | None = None
-    ) -> Tensor:
-        """x_TD after the last norm, in the compute type. `ends`: cumulative ends of the documents, `[0, ..., T]`."""
-        segments = Segments.of(ends, tokens_T.device)
-        x_TD = self.embedding(tokens_T, self.compute)
-        rotary = None
-        if self.position_embedding is not None:
-            x_TD = x_TD + self.position_embedding(positions_T, self.compute)
-        else:
-            rotary = rotary_tables(positions_T, self.frequencies(positions_T.device), self.compute)
-        for number, block in enumerate(self.layers.values()):
-            x_TD = block(x_TD, rotary, segments, caches[number] if caches is not None else None)
-        return self.final_norm(x_TD)
-
-    def forward(
         self,
         tokens_T: Tensor,
         positions_T: Tensor,
         ends: Tensor,
-        labels_T: Tensor,
-        counted_T: Tensor,
-        scale: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
-        """Sums over the counted tokens: (objective times `scale`, to differentiate; cross-entropy in nats)."""
-        x_TD = self.hidden(tokens_T, positions_T, ends)
-        z_loss, softcap = self.config.z_loss, self.config.logit_softcap
-        return linear_cross_entropy(x_TD, self.head_weight, labels_T, counted_T, z_loss, softcap, scale)
+        caches: list[LayerCache] | None = None,
+        keys_B: Tensor | None = None,
+        x_RD: Tensor | None = None,
+    ) -> Tensor:
+        """x_RD in the compute type after the stage's layers, and after the last norm if it predicts; a stage that does
+        not embed goes on from `x_RD`."""
+        context = self._context(tokens_T, positions_T, ends, keys_B)
+        if self.embedding is not None and self.stage.embeds:
+            x_RD = self.embedding(tokens_T, self.compute)
+            if self.position_embedding is not None:
+                x_RD = x_RD + self.position_embedding(self.tp.local_rows(positions_T), self.compute)
+            x_RD = dropped(x_RD, context, 0, self.config.dropout)
+        assert x_RD is not None, "a stage that does not embed needs what the one before it gave"
+        for number, block in enumerate(self.layers.values()):
+            x_RD = block(x_RD, context, caches[number] if caches is not None else None)
+        return x_RD if self.final_norm is None else self.final_norm(x_RD)
+
+    def _context(self, tokens_T: Tensor, positions_T: Tensor, ends: Tensor, keys_B: Tensor | None) -> Context:
+        rotary = keys_R = None
+        if self.config.position == "rope":
+            rotary = rotary_tables(positions_T, self.frequencies(positions_T.device), self.compute)
+        if keys_B is not None and self.config.dropout:
+            keys_R = self.tp.local_rows(row_keys(keys_B, len(tokens_T) // len(keys_B)))
+        return Context(Segments.of(ends, tokens_T.device), rotary, keys_R)
+
+    def forward(
+        self, batch: ModelInputs, x_RD: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """A stage that predicts gives sums over the counted tokens, the same on every tensor rank: (objective times
+        `scale`, to differentiate; cross-entropy in nats). Any other gives x_RD for the next stage."""
+        x_RD = self.hidden(batch.tokens_T, batch.positions_T, batch.ends, None, batch.keys_B, x_RD)
+        if not self.stage.predicts:
+            return x_RD
+        return self.output.cross_entropy(
+            x_RD,
+            batch.labels_T,
+            batch.counted_T,
+            z_loss=self.config.z_loss,
+            softcap=self.config.logit_softcap,
+            smoothing=self.config.label_smoothing,
+            scale=scale,
+        )
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """Output logits [T, V] in float32 (or wider), for the few tokens that generation asks for."""
-        logits_TV = F.linear(x_TD, self.head_weight.to(x_TD.dtype))
+        """Output logits [T, V] in float32 (or wider), for the few tokens that generation, in one process, asks for."""
+        logits_TV = F.linear(x_TD, self.output.weight.to(x_TD.dtype))
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         cap = self.config.logit_softcap
         return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)

@@ -1,17 +1,25 @@
 """Output head and softmax cross-entropy together, a slice of tokens at a time: the T×V logits never exist.
 
-For a slice of C tokens: z = x W^T, optionally z <- cap tanh(z / cap); lse = log sum exp z;
+For a slice of C tokens: z = x W^T, optionally z <- cap tanh(z / cap); lse = log sum exp z; with label smoothing e
 
-    objective = scale * sum over counted tokens of (lse - z[label]) + z_loss * lse^2
-    d objective / dz = scale * (softmax(z) * (1 + 2 z_loss lse) - onehot(label)) * counted
+    objective = scale * sum over counted tokens of (lse - (1 - e) z[label] - e mean z) + z_loss * lse^2
+    d objective / dz = scale * (softmax(z) * (1 + 2 z_loss lse) - (1 - e) onehot(label) - e / V) * counted
 
 The gradients of x and W are computed in the forward pass, while the slice's logits are at hand, so nothing is computed
-twice; beside the gradients themselves, the memory is that of one slice. z-loss: PaLM, section 5 (arXiv 2204.02311).
+twice; beside the gradients themselves, the memory is that of one slice. z-loss: PaLM, section 5 (arXiv 2204.02311);
+label smoothing: arXiv 1512.00567, section 7.
 
-Shapes: T tokens, C tokens of a slice, D hidden, V vocabulary.
+Where several ranks share W's rows, each has the logits of its own: lse is the log-sum-exp of the ranks' lse, and a
+token's softmax is the rank's own times exp(own lse - lse). So two numbers a token travel, once a slice (three with
+smoothing).
+
+Shapes: T tokens, C tokens of a slice, D hidden, V vocabulary (of this rank, where it is shared).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +30,18 @@ GPU_SLICE_LOGITS = 1 << 27  # half a gigabyte in float32: thin slices would spen
 MIN_SLICE = 256  # tokens; fewer would make the matrix products thin
 
 
+@dataclass(frozen=True)
+class VocabShard:
+    """Which rows of the head a rank has: `rows` from number `first` of `vocabulary`. Its weight may have more rows, as
+    many on each rank, which stand for no token."""
+
+    first: int
+    rows: int
+    vocabulary: int
+    stacked: Callable[[Tensor], Tensor]
+    """All ranks' tensors along a new first dim."""
+
+
 def linear_cross_entropy(
     x_TD: Tensor,
     weight_VD: Tensor,
@@ -30,16 +50,22 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     scale: float = 1.0,
+    *,
+    smoothing: float = 0.0,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums over the tokens where `counted_T` (bool) is true; float32 scalars.
 
-    Returns (objective, cross_entropy): the first, times `scale` and z-loss included, is to be differentiated; the
-    second, in nats, is for reports and has neither scale nor gradient. The product is computed in x's type, the softmax
-    in float32 (or x's type if wider). `scale` is given here because it is exact in the float32 gradient of the logits,
-    and would be rounded if a bfloat16 gradient of x were multiplied by it.
+    Returns (objective, cross_entropy): the first, times `scale`, smoothing and z-loss included, is to be
+    differentiated; the second, in nats, is for reports and has none of these and no gradient. The product is computed
+    in x's type, the softmax in float32 (or x's type if wider). `scale` is given here because it is exact in the float32
+    gradient of the logits, and would be rounded if a bfloat16 gradient of x were multiplied by it. With `shard`,
+    `weight_VD` is a rank's part, all ranks get the same sums, and x's gradient is what the rank's rows add to it.
     """
     wants_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, counted_T, z_loss, softcap, scale, wants_grad)
+    return _LinearCrossEntropy.apply(
+        x_TD, weight_VD, labels_T, counted_T, z_loss, softcap, scale, smoothing, shard, wants_grad
+    )
 
 
 def reference_cross_entropy(
@@ -49,56 +75,92 @@ def reference_cross_entropy(
     counted_T: Tensor,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The definition of `linear_cross_entropy`, with all logits at once."""
     logits_TV = F.linear(x_TD, weight_VD)
     if softcap is not None:
         logits_TV = softcap * torch.tanh(logits_TV / softcap)
-    loss_T = F.cross_entropy(logits_TV, labels_T, reduction="none")[counted_T]
+    loss_T = F.cross_entropy(logits_TV, labels_T, reduction="none", label_smoothing=smoothing)[counted_T]
     z_T = z_loss * logits_TV.logsumexp(-1)[counted_T] ** 2
-    return (loss_T + z_T).sum(), loss_T.sum().detach()
+    nats = F.cross_entropy(logits_TV[counted_T], labels_T[counted_T], reduction="sum")
+    return (loss_T + z_T).sum(), nats.detach()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weight_VD, labels_T, counted_T, z_loss, softcap, scale, wants_grad):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_TD, weight_VD, labels_T, counted_T, z_loss, softcap, scale, smoothing, shard, wants_grad):  # type: ignore[no-untyped-def]
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        w_VD = weight_VD.to(x_TD.dtype)
+        rows = len(weight_VD) if shard is None else shard.rows
+        vocabulary = rows if shard is None else shard.vocabulary
+        w_VD = weight_VD[:rows].to(x_TD.dtype)
         if wants_grad:
             grad_x_TD = torch.empty_like(x_TD)
-            # Slices add up in the weight's own (wide) type.
-            grad_w_VD = torch.zeros_like(weight_VD)
+            # Slices add up in a wide type.
+            grad_w_VD = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         objective, cross_entropy = x_TD.new_zeros(2, dtype=wide)
-        rows = max(MIN_SLICE, (GPU_SLICE_LOGITS if x_TD.is_cuda else SLICE_LOGITS) // len(w_VD))
-        for start in range(0, len(x_TD), rows):
-            part = slice(start, start + rows)
-            x_CD, labels_C1, counted_C = x_TD[part], labels_T[part, None], counted_T[part]
+        # The same slices on all ranks: the padded height is the same.
+        tokens = max(MIN_SLICE, (GPU_SLICE_LOGITS if x_TD.is_cuda else SLICE_LOGITS) // len(weight_VD))
+        for start in range(0, len(x_TD), tokens):
+            part = slice(start, start + tokens)
+            x_CD, counted_C, row_C1 = x_TD[part], counted_T[part], labels_T[part, None]
             z_CV = F.linear(x_CD, w_VD)
             if softcap is not None:
                 z_CV = softcap * torch.tanh(z_CV / softcap)
             p_CV = torch.softmax(z_CV, -1, dtype=wide)
+            hit = p_CV.new_full((), smoothing - 1).expand_as(row_C1)
+            if shard is not None:
+                row_C1 = row_C1 - shard.first
+                mine_C1 = (row_C1 >= 0) & (row_C1 < rows)
+                row_C1, hit = row_C1.where(mine_C1, 0), hit * mine_C1
             # lse by way of the largest logit, whose probability cannot underflow.
             lse_C = z_CV.amax(-1).to(wide) - p_CV.amax(-1).log()
-            loss_C = lse_C - z_CV.gather(1, labels_C1)[:, 0]
-            cross_entropy += loss_C.where(counted_C, 0).sum()
-            objective += (loss_C + z_loss * lse_C**2).where(counted_C, 0).sum()
+            target_C = z_CV.gather(1, row_C1)[:, 0].to(wide)
+            sum_C = z_CV.sum(-1, dtype=wide) if smoothing else None
+            factor_C = None
+            if shard is not None:
+                own_C = lse_C
+                lse_C, target_C, sum_C = _of_all_ranks(shard, lse_C, target_C.where(mine_C1[:, 0], 0), sum_C)
+                factor_C = (own_C - lse_C).exp()
+            nats_C = lse_C - target_C
+            loss_C = nats_C + z_loss * lse_C**2
+            if sum_C is not None:
+                loss_C += smoothing * (target_C - sum_C / vocabulary)
+            cross_entropy += nats_C.where(counted_C, 0).sum()
+            objective += loss_C.where(counted_C, 0).sum()
             if not wants_grad:
                 continue
             if z_loss:
-                p_CV *= (1 + 2 * z_loss * lse_C)[:, None]
-            p_CV.scatter_add_(1, labels_C1, p_CV.new_full((), -1).expand_as(labels_C1))
+                factor_C = (1 if factor_C is None else factor_C) * (1 + 2 * z_loss * lse_C)
+            if factor_C is not None:
+                p_CV *= factor_C[:, None]
+            p_CV.scatter_add_(1, row_C1, hit)
+            if smoothing:
+                p_CV -= smoothing / vocabulary
             p_CV *= scale * counted_C[:, None]
             grad_z_CV = p_CV.to(x_TD.dtype)
             if softcap is not None:
                 grad_z_CV *= 1 - (z_CV / softcap) ** 2
             torch.mm(grad_z_CV, w_VD, out=grad_x_TD[part])
-            grad_w_VD += torch.mm(grad_z_CV.t(), x_CD)
+            grad_w_VD[:rows] += torch.mm(grad_z_CV.t(), x_CD)
         if wants_grad:
             ctx.save_for_backward(grad_x_TD, grad_w_VD)
+            ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(cross_entropy)
         return objective * scale, cross_entropy
 
     @staticmethod
     def backward(ctx, grad_objective, _):  # type: ignore[no-untyped-def]
         grad_x_TD, grad_w_VD = ctx.saved_tensors
-        return grad_x_TD * grad_objective.to(grad_x_TD.dtype), grad_w_VD * grad_objective, *[None] * 6
+        grad_w_VD = (grad_w_VD * grad_objective).to(ctx.weight_dtype)
+        return grad_x_TD * grad_objective.to(grad_x_TD.dtype), grad_w_VD, *[None] * 8
+
+
+def _of_all_ranks(
+    shard: VocabShard, lse_C: Tensor, target_C: Tensor, sum_C: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-sum-exp, the label's logit and the sum of logits over the whole vocabulary, from those of the rank's rows."""
+    own = [lse_C, target_C] if sum_C is None else [lse_C, target_C, sum_C]
+    lse_NC, *sums_NC = shard.stacked(torch.stack(own)).unbind(1)
+    target_C, *rest = (x_NC.sum(0) for x_NC in sums_NC)
+    return lse_NC.logsumexp(0), target_C, rest[0] if rest else None

@@ -24,7 +24,7 @@ from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
 from megalm.model.counts import parameter_count
 from megalm.model.init import initialise
-from megalm.model.transformer import Recompute, Transformer
+from megalm.model.transformer import ModelInputs, Recompute, Transformer
 from megalm.optim.adamw import build_adamw, moments
 from megalm.train.device import DTYPES, pick_device, total_memory
 
@@ -103,11 +103,11 @@ def build_model(
     return model.to_empty(device=device)
 
 
-def model_inputs(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `Transformer.forward` takes: tokens, positions, ends (which stay on the CPU), labels, counted."""
+def model_inputs(batch: MicroBatch, device: torch.device, keys_B: Tensor | None = None) -> ModelInputs:
+    """What `Transformer.forward` takes; the ends stay on the CPU."""
     arrays = (batch.tokens_T, batch.positions_T, batch.labels_T, batch.loss_mask_T)
     tokens_T, positions_T, labels_T, counted_T = (torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
-    return tokens_T, positions_T, torch.from_numpy(batch.segments), labels_T, counted_T
+    return ModelInputs(tokens_T, positions_T, torch.from_numpy(batch.segments), labels_T, counted_T, keys_B)
 
 
 def pinned(batch: MicroBatch) -> MicroBatch:

@@ -67,7 +67,7 @@ class Score:
 @torch.no_grad()
 def score(model: Transformer, tokenizer: Tokenizer, batches: Iterable[MicroBatch]) -> Score:
     """The model's cross-entropy over all counted tokens of `batches`."""
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     total, stream = Score(0.0, 0, 0), iter(batches)
     while group := list(islice(stream, GROUP)):
         total += _score_group(model, tokenizer, group, device)
@@ -78,7 +78,7 @@ def _score_group(model: Transformer, tokenizer: Tokenizer, group: list[MicroBatc
     nats = torch.zeros((), dtype=torch.float64, device=device)
 
     def forward(i: int) -> torch.Tensor:
-        _, cross_entropy = model(*model_inputs(group[i], device))
+        _, cross_entropy = model(model_inputs(group[i], device))
         return nats.add_(cross_entropy)
 
     execute(one_stage_plan(len(group), forward_only=True)[0], forward)

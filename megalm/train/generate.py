@@ -46,7 +46,7 @@ def generate(
 
     Only the first `vocab_size` rows of the head stand for tokens; a model may have more.
     """
-    config, device = model.config, model.embedding.weight.device
+    config, device = model.config, model.output.weight.device
     capacity = len(prompt) + max_new_tokens
     shape = (capacity, known(config.num_kv_heads), known(config.head_dim))
     caches = [LayerCache(*torch.empty(2, *shape, dtype=model.compute, device=device)) for _ in range(config.num_layers)]

@@ -29,6 +29,7 @@ from megalm.data.loader import GlobalBatch
 from megalm.data.trace import first_hash, rolled
 from megalm.errors import UserError
 from megalm.model.counts import seen_pairs, training_flops
+from megalm.ops.dropout import sequence_keys
 from megalm.optim.schedule import learning_rate_factor
 from megalm.parallel.pipeline.executor import execute
 from megalm.parallel.pipeline.plan import one_stage_plan
@@ -143,7 +144,10 @@ class Trainer:
         nats = torch.zeros((), dtype=torch.float64, device=device)
 
         def forward(i: int) -> Tensor:
-            objective, cross_entropy = model(*model_inputs(batch[i], device), scale=1 / counted)
+            micro = len(batch[i].sources_B)
+            samples_B = torch.arange(micro, device=device) + (self.position.consumed_samples + i * micro)
+            keys_B = sequence_keys(self.config.run.seed, samples_B) if self.config.model.dropout else None
+            objective, cross_entropy = model(model_inputs(batch[i], device, keys_B), scale=1 / counted)
             nats.add_(cross_entropy)
             return objective
 

@@ -9,7 +9,7 @@ from peers import llama_name
 
 from megalm.config.sections import Model, RopeScaling
 from megalm.model.init import initialise
-from megalm.model.transformer import Transformer
+from megalm.model.transformer import ModelInputs, Transformer
 
 VOCAB, LENGTH, BATCH = 211, 48, 3
 BASE = {
@@ -90,7 +90,8 @@ def test_logits_and_gradients_equal_those_of_transformers(family: str) -> None:
     labels_BS = tokens_BS.roll(-1, 1)
     counted_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
     counted_BS[:, -1] = False
-    objective, _ = model(tokens_BS.flatten(), positions_T, segments, labels_BS.flatten(), counted_BS.flatten())
+    batch = ModelInputs(tokens_BS.flatten(), positions_T, segments, labels_BS.flatten(), counted_BS.flatten())
+    objective, _ = model(batch)
     (objective / counted_BS.sum()).backward()
     peers = dict(peer.named_parameters())
     for name, parameter in model.named_parameters():

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megalm.config.sections import Model
 from megalm.model.counts import seen_pairs, training_flops
 from megalm.model.init import initialise, normal_rows
-from megalm.model.transformer import Transformer
+from megalm.model.transformer import ModelInputs, Transformer
 from megalm.ops.attention import reference_attention
 from megalm.ops.cross_entropy import reference_cross_entropy
 
@@ -32,18 +32,18 @@ def build(dtype: torch.dtype = torch.float64, recompute: str = "none", **changes
     return model.to(torch.float64) if dtype == torch.float64 else model
 
 
-def documents(lengths: list[int]) -> tuple[torch.Tensor, ...]:
+def documents(lengths: list[int]) -> ModelInputs:
     total = sum(lengths)
     tokens_T = torch.randint(97, (total,), generator=torch.Generator().manual_seed(total))
     positions_T = torch.cat([torch.arange(n) for n in lengths])
     segments = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return tokens_T, positions_T, segments, tokens_T.roll(-1), torch.ones(total, dtype=torch.bool)
+    return ModelInputs(tokens_T, positions_T, segments, tokens_T.roll(-1), torch.ones(total, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_documents_side_by_side_equal_documents_alone(variant: str) -> None:
     model = build(**VARIANTS[variant])
-    tokens_T, positions_T, segments, _, _ = documents([20, 1, 33, 10])
+    tokens_T, positions_T, segments, *_ = documents([20, 1, 33, 10])
     together = model.hidden(tokens_T, positions_T, segments)
     for start, end in zip(segments[:-1].tolist(), segments[1:].tolist(), strict=True):
         alone = model.hidden(tokens_T[start:end], positions_T[start:end], torch.tensor([0, end - start]))
@@ -56,7 +56,7 @@ def test_recomputation_changes_no_bit(variant: str, recompute: str) -> None:
     results = []
     for mode in ("none", recompute):
         model = build(torch.float32, mode, **VARIANTS[variant])
-        objective, _ = model(*documents([40, 24]))
+        objective, _ = model(documents([40, 24]))
         objective.backward()
         results.append([objective, *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -76,7 +76,7 @@ def test_recomputation_keeps_less(recompute: str) -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            objective, _ = model(*documents([40, 24]))
+            objective, _ = model(documents([40, 24]))
         kept[mode] = sum(sizes.values())
         objective.backward()
     assert kept[recompute] < 0.7 * kept["none"]
@@ -89,7 +89,7 @@ def test_compiled_blocks_equal_eager_ones() -> None:
         if compiled:
             for block in model.layers.values():
                 block.compile()
-        objective, _ = model(*documents([40, 24]))
+        objective, _ = model(documents([40, 24]))
         objective.backward()
         results.append([objective, *(p.grad for p in model.parameters())])
     for a, b in zip(*results, strict=True):
@@ -100,7 +100,7 @@ def test_bfloat16_stays_close_and_keeps_float32_parameters_and_gradients() -> No
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         model = build(dtype)
-        objective, cross_entropy = model(*documents([40, 24]))
+        objective, cross_entropy = model(documents([40, 24]))
         objective.backward()
         assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
         losses.append(cross_entropy.item() / 64)
@@ -113,9 +113,9 @@ def test_the_losss_settings_reach_it() -> None:
         model = build(**settings)
         x_TD = model.hidden(*batch[:3])
         wanted = reference_cross_entropy(
-            x_TD, model.head_weight, *batch[3:], settings.get("z_loss", 0.0), settings.get("logit_softcap")
+            x_TD, model.output.weight, *batch[3:5], settings.get("z_loss", 0.0), settings.get("logit_softcap")
         )
-        for a, b in zip(model(*batch), wanted, strict=True):
+        for a, b in zip(model(batch), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
         assert (model.logits(x_TD).abs().max() < 0.3) == ("logit_softcap" in settings)
 
@@ -159,7 +159,7 @@ def test_counted_operations_equal_what_torch_counts(variant: str, monkeypatch: p
     monkeypatch.setattr("megalm.model.transformer.attention", reference_attention)
     model = build(torch.float32, **VARIANTS[variant])
     with FlopCounterMode(display=False) as counter:
-        model(*documents([64]))[0].backward()
+        model(documents([64]))[0].backward()
     assert counter.get_total_flops() == training_flops(model.config, tokens=64, pairs=64 * 64)
 
 

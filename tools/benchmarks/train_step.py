@@ -21,7 +21,7 @@ except ImportError:
 
 from megalm.config.sections import Model, Optimizer
 from megalm.model.init import initialise
-from megalm.model.transformer import Transformer
+from megalm.model.transformer import ModelInputs, Transformer
 from megalm.optim.adamw import build_adamw
 from megalm.train.device import DTYPES, measured_matmul
 
@@ -49,9 +49,10 @@ def our_step(dtype: torch.dtype, tokens_BS: torch.Tensor, compiled: bool) -> tup
     segments = torch.arange(0, total + 1, LENGTH, dtype=torch.int32)
     positions_T, tokens_T = torch.arange(LENGTH).repeat(BATCH), tokens_BS.flatten()
     counted_T = torch.ones(total, dtype=torch.bool)
+    batch = ModelInputs(tokens_T, positions_T, segments, tokens_T.roll(-1), counted_T)
 
     def step() -> None:
-        objective, _ = model(tokens_T, positions_T, segments, tokens_T.roll(-1), counted_T)
+        objective, _ = model(batch)
         (objective / total).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

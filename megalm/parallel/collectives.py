@@ -1,0 +1,80 @@
+"""The collectives of one axis. On an axis of one rank each gives its input, and nothing is sent.
+
+    start_gather        every rank's rows, in the order of the ranks         S rows each -> size * S rows
+    start_scatter_sum   the sum over the ranks, this rank's rows of it       size * S rows -> S rows
+    start_sum           the sum over the ranks, whole                        S rows -> S rows
+
+They give a tensor at once, and `wait` says when it must be there; what stands between the two runs while it travels.
+(torch's functional collectives: on NCCL and gloo alike, seen by its profiler, its debug modes and recomputation.)
+The four of which autograd knows the derivative come in pairs, one the derivative of the other:
+
+    gather_rows  <->  scatter_sum_rows           each_rank (the input, as it is)  <->  sum_ranks
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalm.parallel.mesh import Axis
+
+
+def start_gather(x: Tensor, axis: Axis) -> Tensor:
+    if axis.group is None:
+        return x
+    return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), axis.size, axis.group.group_name)
+
+
+def start_scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+    if axis.group is None:
+        return x
+    x = x.contiguous()
+    return torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", axis.size, axis.group.group_name)
+
+
+def start_sum(x: Tensor, axis: Axis) -> Tensor:
+    if axis.group is None:
+        return x
+    return torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", axis.group.group_name)
+
+
+def wait(x: Tensor) -> Tensor:
+    """`x` of a collective that was started; any other tensor is given as it is."""
+    return torch.ops._c10d_functional.wait_tensor(x)
+
+
+def gather_rows(x: Tensor, axis: Axis) -> Tensor:
+    """Every rank's rows; each rank's gradient of them is summed, and this rank's rows of the sum come back."""
+    return x if axis.size == 1 else _Pair.apply(x, axis, start_gather, start_scatter_sum)
+
+
+def scatter_sum_rows(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's rows of the sum over the ranks."""
+    return x if axis.size == 1 else _Pair.apply(x, axis, start_scatter_sum, start_gather)
+
+
+def sum_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """The sum over the ranks, on each of them; its gradient is the same on each of them, too."""
+    return x if axis.size == 1 else _Pair.apply(x, axis, start_sum, _same)
+
+
+def each_rank(x: Tensor, axis: Axis) -> Tensor:
+    """`x`, which is the same on each rank and used by each in its own way: the gradients are summed."""
+    return x if axis.size == 1 else _Pair.apply(x, axis, _same, start_sum)
+
+
+def _same(x: Tensor, axis: Axis) -> Tensor:
+    return x.view_as(x)
+
+
+class _Pair(torch.autograd.Function):
+    """One collective forward, another backward."""
+
+    @staticmethod
+    def forward(ctx, x, axis, start, start_backward):  # type: ignore[no-untyped-def]
+        ctx.axis, ctx.start_backward = axis, start_backward
+        return wait(start(x, axis))
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return wait(ctx.start_backward(grad, ctx.axis)), None, None, None
