@@ -45,6 +45,13 @@ class Action:
         return f"{self.op.value}{self.stage}" + (f".{self.micro_batch}" if self.micro_batch >= 0 else "")
 
 
+def parse_action(text: str) -> Action:
+    """The inverse of `str(action)`; raises ValueError for anything else."""
+    place = text.lstrip("".join(op.value for op in Op))
+    stage, _, micro_batch = place.partition(".")
+    return Action(Op(text.removesuffix(place)), int(stage), int(micro_batch or -1))
+
+
 Plan = tuple[tuple[Action, ...], ...]
 """For each pipeline rank, its actions in order."""
 
