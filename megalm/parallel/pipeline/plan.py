@@ -81,7 +81,7 @@ def v_shaped(ranks: int) -> Placement:
 
 def placement_of(schedule: Schedule, ranks: int, chunks: int) -> Placement:
     """Where a schedule has its stages. It depends on nothing that changes during a run."""
-    return v_shaped(ranks) if schedule in ("zbv", "dualpipev") else looped(ranks, chunks)
+    return v_shaped(ranks) if ranks > 1 and schedule in ("zbv", "dualpipev") else looped(ranks, chunks)
 
 
 def peer(op: Op, stage: int, placement: Placement) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from megalm.parallel.pipeline.plan import Action, Op, Placement, Plan, PlanError
+from megalm.parallel.pipeline.plan import Action, Op, Placement, PlanError
 
 COMPUTE = (Op.FORWARD, Op.BACKWARD, Op.INPUT_GRADIENT, Op.WEIGHT_GRADIENT)
 
@@ -175,7 +175,7 @@ class Step:
         return sum(self.duration[number] for number in order)
 
 
-def simulate(plan: Plan, placement: Placement, costs: Costs) -> Simulation:
+def simulate(plan: Sequence[Sequence[Action]], placement: Placement, costs: Costs) -> Simulation:
     """Runs a plan or the orders that it is made of. Raises PlanError if ranks would wait for each other for ever."""
     orders = [[action for action in actions if action.op in COMPUTE] for actions in plan]
     micro_batches = 1 + max((action.micro_batch for order in orders for action in order), default=-1)
