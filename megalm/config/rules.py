@@ -40,6 +40,11 @@ def pipeline_chunks(pipeline: Pipeline) -> int:
     return CHUNKS.get(pipeline.schedule, (1 if pipeline.schedule == "auto" else 2,))[0]
 
 
+def split_layers(split: str) -> list[int]:
+    """`5,6,6,5` as numbers."""
+    return [int(layers) for layers in split.split(",")]
+
+
 def batch_sizes(batch: Batch) -> Iterator[tuple[str, int]]:
     """Key and value of the numbers whose divisors divide every batch size, that of each step of a ramp included."""
     yield "batch.global_size", batch.global_size
@@ -168,6 +173,18 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
     if stages * chunks > model.num_layers:
         product = f"parallel.pipeline.size={stages}" + (f" * parallel.pipeline.chunks={chunks}" if chunks > 1 else "")
         yield f"{product} is more than model.num_layers={model.num_layers}: every chunk needs a layer, choose less"
+    if (split := parallel.pipeline.split) is not None:
+        layers = split_layers(split)
+        if len(layers) != stages * chunks:
+            yield (
+                f"parallel.pipeline.split='{split}' has {len(layers)} numbers for {stages * chunks} stages: give each "
+                "stage one"
+            )
+        elif sum(layers) != model.num_layers:
+            yield (
+                f"parallel.pipeline.split='{split}' has {sum(layers)} layers, and model.num_layers={model.num_layers}: "
+                "share out all of them"
+            )
 
     data = max(data_ranks(parallel, processes), 1)
     yield from _must_divide("parallel.zero.shard", parallel.zero.shard or data, "the data ranks", data)

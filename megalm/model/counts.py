@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from megalm.config.sections import Model, known
+from megalm.parallel.pipeline.partition import Piece
 
 
 def parameter_count(model: Model, vocab_size: int) -> int:
@@ -35,6 +36,18 @@ def matrix_parameters(config: Model) -> int:
     attention = config.hidden_size * known(config.head_dim) * 2 * heads
     feed_forward = config.hidden_size * config.ffn_size * (3 if config.activation == "swiglu" else 2)
     return config.num_layers * (attention + feed_forward) + known(config.vocab_size) * config.hidden_size
+
+
+def pipeline_pieces(config: Model, sequence_length: int, recompute: str = "none") -> tuple[Piece, ...]:
+    """What embedding, each block and the head cost a token, in operations; documents that fill their sequence. What is
+    kept of a block is the unit of activations."""
+    head = 2 * known(config.vocab_size) * config.hidden_size
+    block = 2 * matrix_parameters(config) // config.num_layers - head // config.num_layers
+    pairs = seen_pairs((0, sequence_length), config.sliding_window) / sequence_length
+    attention = 4 * config.num_heads * known(config.head_dim) * pairs
+    again = {"none": 0.0, "selective": 0.0, "full": block + attention}[recompute]
+    layer = Piece(block + attention, block + 2 * attention + again, block, activation=1)
+    return (Piece(0, 0, 0), *[layer] * config.num_layers, Piece(head, head, head))
 
 
 def seen_pairs(segments: Sequence[int], window: int | None) -> int:
