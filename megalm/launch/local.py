@@ -43,5 +43,7 @@ def start_local(processes: int, arguments: Sequence[str]) -> int:
         if failure.exitcode > 0:
             return failure.exitcode  # it has said why
         name = signal.Signals(-failure.exitcode).name
-        raise UserError(f"rank {rank} (process {failure.pid}) was ended by {name}: see what the other ranks say") from None
+        raise UserError(
+            f"rank {rank} (process {failure.pid}) was ended by {name}: see what the other ranks say"
+        ) from None
     return 0

@@ -22,14 +22,15 @@ FIRST_PORT, PORTS = 20_000, 10_000  # below those that systems give to clients
 
 @dataclass(frozen=True)
 class Process:
-    """One of `size` processes, `local_rank` on its machine; they find each other at `address`:`port`, where the first
-    one, or the launcher's agent, keeps the store."""
+    """One of `size` processes, `local_rank` on its machine; they find each other at `address`:`port`, where the
+    launcher's `agent` keeps the store, or else the first of them."""
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
     address: str = ""
     port: int = 0
+    agent: bool = False
 
 
 def who_am_i(environment: Mapping[str, str]) -> Process:
@@ -46,9 +47,10 @@ def who_am_i(environment: Mapping[str, str]) -> Process:
         port = _number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else own_port
     else:
         return Process()
+    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not 0 <= rank < size:
         raise UserError(f"the environment says rank {rank} of {size} processes: correct RANK and WORLD_SIZE")
-    return Process(rank, local_rank, size, address, port)
+    return Process(rank, local_rank, size, address, port, agent)
 
 
 def first_host(nodes: str) -> str:

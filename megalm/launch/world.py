@@ -5,9 +5,9 @@
     failure:   who fails leaves a word in the store -> every rank's watching thread answers -> who does not answer is
                named; if all do, the word's writer is -> all exit
 
-Nothing is sent while all is well. A collective that fails or times out tells nobody which rank is to blame, since a dead
-or stopped rank breaks the collectives of many; silence in the roll call does. The thread answers while the main thread
-is stuck in a collective, and ends a process that stays so.
+Nothing is sent while all is well. A collective that fails or times out does not tell which rank is to blame, since a
+dead or stopped rank breaks the collectives of many; silence in the roll call does. The thread answers while the main
+thread is stuck in a collective, and ends a process that stays so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -80,7 +80,7 @@ class World:
             return
         rank, size = self.process.rank, self.process.size
         backend = "nccl" if device.type == "cuda" else "gloo"
-        watch = threading.Thread(target=self._watch, args=(self._store.clone(),), daemon=True)
+        watch = threading.Thread(target=self._watch, args=(self._connect(timeout),), daemon=True)
         watch.start()
         try:
             limit = timedelta(seconds=timeout)
@@ -101,13 +101,20 @@ class World:
 
     def _connect(self, timeout: float) -> Store:
         process = self.process
-        url = f"tcp://{process.address}:{process.port}"
+        where = f"{process.address}:{process.port}"
         try:
-            return next(dist.rendezvous(url, process.rank, process.size, timeout=timedelta(seconds=timeout)))[0]
+            return dist.TCPStore(
+                process.address,
+                process.port,
+                is_master=process.rank == 0 and not process.agent,
+                timeout=timedelta(seconds=timeout),
+                wait_for_workers=False,  # so that those who are missing can be named
+                multi_tenant=True,
+            )
         except dist.DistNetworkError as error:
-            if process.rank == 0:
-                raise UserError(f"{url}: cannot listen there: choose another MASTER_PORT ({error})") from None
-            raise UserError(f"{url}: rank 0 does not answer there within {timeout:.0f} s") from None
+            if process.rank == 0 and not process.agent:
+                raise UserError(f"MASTER_PORT={process.port}: cannot listen there: choose another one") from error
+            raise RunFailed(f"rank {process.rank}: nobody answers at {where} within {timeout:.0f} s", 1) from error
 
     def _verdict(self, timeout: float) -> str:
         """What rank 0 finds when it compares all ranks; empty if all are alike."""
@@ -162,7 +169,13 @@ class World:
         ours = isinstance(error, UserError)
         code = 2 if ours else 1
         text = " ".join(str(error).split()) or type(error).__name__
-        word = json.dumps({"rank": self.process.rank, "error": text if ours else f"{type(error).__name__}: {text}"[:500], "code": code})
+        word = json.dumps(
+            {
+                "rank": self.process.rank,
+                "error": text if ours else f"{type(error).__name__}: {text}"[:500],
+                "code": code,
+            }
+        )
         try:
             self._store.compare_set(WORD, "", word)
             self._store.set(f"{HERE}/{self.process.rank}", "")
@@ -202,7 +215,7 @@ def _of_network(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-def compare(starts: list[dict]) -> str:  # type: ignore[type-arg]
+def compare(starts: list[dict[str, Any]]) -> str:
     """One line on the first thing in which ranks differ, naming the odd ones; empty if all are alike."""
     mistakes = {rank: start["mistake"] for rank, start in enumerate(starts) if start["mistake"]}
     if mistakes:

@@ -10,4 +10,6 @@ import sys
 from megalm.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *(word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank=")))]))
+    sys.exit(
+        main(["train", *(word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank=")))])
+    )
