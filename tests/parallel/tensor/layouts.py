@@ -40,6 +40,7 @@ class Case:
     recompute: str = "none"
     dtype: torch.dtype = torch.float64
     documents: int = 2
+    compiled: bool = False
     seed: int = 3
 
 
@@ -66,6 +67,9 @@ def build(case: Case, tp: TensorParallel | None = None, **options: Any) -> Trans
     config = Model(**{**SHAPE, **case.changes})
     model = Transformer(config, case.dtype, case.recompute, tp=tp, **options)
     initialise(model, case.seed)
+    if case.compiled:
+        for block in model.layers.values():
+            block.compile()
     return model.to(case.dtype)
 
 
