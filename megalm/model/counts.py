@@ -65,3 +65,34 @@ def training_flops(config: Model, tokens: int, pairs: int) -> int:
     """Operations of the forward and backward pass over `tokens` tokens with `pairs` seen (query, key) pairs."""
     attention = 12 * config.num_layers * config.num_heads * known(config.head_dim) * pairs
     return 6 * matrix_parameters(config) * tokens + attention
+
+
+def tensor_bytes(
+    config: Model,
+    tokens: int,
+    size: int,
+    itemsize: int,
+    *,
+    sequence: bool,
+    recompute: str = "none",
+    layers: int | None = None,
+    embeds: bool = True,
+    predicts: bool = True,
+) -> int:
+    """Bytes that each of `size` tensor ranks sends, in rings, for a micro-batch of `tokens` tokens, forward and
+    backward, with activations of `itemsize` bytes; of the whole model, or of a stage.
+
+    A gather or a scattered sum of activations sends a share (size - 1) / size of tokens * hidden_size elements; a whole
+    sum twice that. In these shares, with sequence sharding and without:
+
+        block, forward        4, 4        two gathers and two scattered sums, or two whole sums
+        block, backward       6, 4        gathers of the inputs again, scattered sums, gathers of the outputs' gradients
+        again, recomputed     4, 4 (full)   2, 0 (selective: sums are kept)
+        embedding, head       2, 2        each, forward and backward together
+
+    The loss sends two float32 numbers a token to each other rank, three with label smoothing.
+    """
+    shares = {"none": 0, "selective": 2 if sequence else 0, "full": 4}[recompute] + (10 if sequence else 8)
+    shares = shares * (config.num_layers if layers is None else layers) + 2 * embeds + 2 * predicts
+    loss = predicts * (3 if config.label_smoothing else 2) * max(4, itemsize) * tokens * (size - 1)
+    return shares * (size - 1) * tokens * config.hidden_size * itemsize // size + loss
