@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -134,8 +135,8 @@ def _costs(text: str, placement: Placement) -> Costs:
 
     chunks = len(placement) // (max(placement) + 1)
     try:
-        forward, input_gradient, weight_gradient, latency = map(float, text.split(","))
-        if min(forward, input_gradient, weight_gradient) <= 0 or latency < 0:
+        numbers = forward, input_gradient, weight_gradient, latency = tuple(map(float, text.split(",")))
+        if not (min(forward, input_gradient, weight_gradient) > 0 <= latency) or not isfinite(sum(numbers)):
             raise ValueError
     except ValueError:
         raise UserError(

@@ -286,6 +286,17 @@ LAYOUTS = [
     ("parallel.tensor=2", 37, "start a multiple of 2, or choose another number: no layout of 37 fits the model and"),
     ("parallel.pipeline.size=16", 16, "parallel.pipeline.size=16 is more than model.num_layers=8: every chunk needs"),
     (
+        "parallel.pipeline.size=2 parallel.pipeline.split=3,3,2",
+        2,
+        "parallel.pipeline.split='3,3,2' has 3 numbers for 2 stages: give each stage one",
+    ),
+    (
+        "parallel.pipeline.size=2 parallel.pipeline.split=3,4",
+        2,
+        "parallel.pipeline.split='3,4' has 7 layers, and model.num_layers=8: share out all of them",
+    ),
+    ("parallel.pipeline.size=2 parallel.pipeline.split=8,0", 2, "parallel.pipeline.split='8,0'"),
+    (
         "parallel.pipeline.size=4 parallel.pipeline.chunks=4 parallel.pipeline.schedule=interleaved",
         4,
         "parallel.pipeline.size=4 * parallel.pipeline.chunks=4 is more than model.num_layers=8",

@@ -92,6 +92,6 @@ def as_picture(charts: Sequence[Chart], path: Path, kind: str) -> None:
     later = any(chart.chunk(a) % 2 for chart in charts for rank in chart.ranks for a, _, _ in rank)
     legend = [Patch(color=COLOURS[op][1], label=COLOURS[op][0]) for op in COMPUTE if op in used]
     if later:
-        legend += [Patch(color=COLOURS[op][2], label="... of the second chunk") for op in COMPUTE if op in used][:1]
+        legend.append(Patch(color=COLOURS[Op.FORWARD][2], label="light: every second chunk of a rank"))
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
     figure.savefig(path, dpi=110, format=kind)

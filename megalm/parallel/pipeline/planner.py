@@ -7,7 +7,6 @@ A plan is a pure function of its arguments, so that every rank that makes it mak
 
 from __future__ import annotations
 
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -60,13 +59,20 @@ def plan_schedule(
 def _cached_search(
     placement: Placement, micro_batches: int, costs: Costs, memory_cap: float | None, cache: Path | None
 ) -> Orders:
+    if cache is None:
+        return search(placement, micro_batches, costs, memory_cap)
     inputs = repr((megalm.__version__, placement, micro_batches, costs, memory_cap))
-    file = cache / f"{sha256(inputs.encode()).hexdigest()[:16]}.txt" if cache is not None else None
-    if file is not None and file.exists():
-        with suppress(ValueError, KeyError):  # a damaged file is made again; what is read is validated like all plans
-            return tuple(tuple(map(parse_action, line.split())) for line in file.read_text().splitlines())
+    file = cache / f"{_hash(inputs)[:16]}.txt"
+    if file.exists():
+        checksum, _, lines = file.read_text(errors="replace").partition("\n")
+        if checksum == _hash(lines):  # else it is damaged, and made again
+            return tuple(tuple(map(parse_action, line.split())) for line in lines.splitlines())
     orders = search(placement, micro_batches, costs, memory_cap)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, "\n".join(" ".join(map(str, order)) for order in orders).encode())
+    lines = "\n".join(" ".join(map(str, order)) for order in orders)
+    cache.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, f"{_hash(lines)}\n{lines}".encode())
     return orders
+
+
+def _hash(text: str) -> str:
+    return sha256(text.encode()).hexdigest()

@@ -41,8 +41,8 @@ def search(placement: Placement, micro_batches: int, costs: Costs, memory_cap: f
     candidates = [orders for orders in (*known, *_greedy_orders(step, cap)) if _peak(step, orders) <= cap]
     if not candidates:
         raise UserError(
-            f"parallel.pipeline.schedule=auto: no order keeps a rank's activations under {cap:g}, the least is "
-            f"{least:g}: choose more recomputation, a smaller micro-batch or more ranks"
+            f"parallel.pipeline.schedule=auto: no order was found whose activations take no more than {cap:g} on each "
+            f"rank (the leanest template takes {least:g}): choose more recomputation or a smaller micro-batch"
         )
     best = min(candidates, key=lambda orders: (max(step.ends(orders)), _peak(step, orders)))
     return tuple(tuple(map(step.action, order)) for order in _climb(step, best, cap))
