@@ -22,7 +22,7 @@ from megalm.data.loader import MicroBatch, windows
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
 from megalm.model.transformer import Transformer
-from megalm.parallel.pipeline.executor import execute
+from megalm.parallel.pipeline.executor import Executor
 from megalm.parallel.pipeline.plan import one_stage_plan
 from megalm.train.build import model_inputs
 from megalm.train.run_directory import TrainedModel
@@ -77,11 +77,11 @@ def score(model: Transformer, tokenizer: Tokenizer, batches: Iterable[MicroBatch
 def _score_group(model: Transformer, tokenizer: Tokenizer, group: list[MicroBatch], device: torch.device) -> Score:
     nats = torch.zeros((), dtype=torch.float64, device=device)
 
-    def forward(i: int) -> torch.Tensor:
+    def forward(stage: int, i: int, x_TD: torch.Tensor | None) -> torch.Tensor:
         _, cross_entropy = model(model_inputs(group[i], device))
         return nats.add_(cross_entropy)
 
-    execute(one_stage_plan(len(group), forward_only=True)[0], forward)
+    Executor(one_stage_plan(len(group), forward_only=True)[0], {}).step(forward)
     labels = [batch.labels_T[batch.loss_mask_T].tolist() for batch in group]
     return Score(nats.item(), sum(map(len, labels)), sum(map(tokenizer.byte_length, labels)))
 

@@ -31,8 +31,9 @@ from megalm.errors import UserError
 from megalm.model.counts import seen_pairs, training_flops
 from megalm.ops.dropout import sequence_keys
 from megalm.optim.schedule import learning_rate_factor
-from megalm.parallel.pipeline.executor import execute
+from megalm.parallel.pipeline.executor import Executor
 from megalm.parallel.pipeline.plan import one_stage_plan
+from megalm.parallel.zero.sync import NoSync
 from megalm.train.build import Inputs, Parts, build_inputs, build_parts, model_inputs, pinned
 from megalm.train.device import DTYPES, memory_bytes, peak_flops
 from megalm.train.evaluate import evaluation_line, score_sources
@@ -143,7 +144,7 @@ class Trainer:
         counted = max(1, sum(int(part.loss_mask_T.sum()) for part in batch))
         nats = torch.zeros((), dtype=torch.float64, device=device)
 
-        def forward(i: int) -> Tensor:
+        def forward(stage: int, i: int, x_TD: Tensor | None) -> Tensor:
             micro = len(batch[i].sources_B)
             samples_B = torch.arange(micro, device=device) + (self.position.consumed_samples + i * micro)
             keys_B = sequence_keys(self.config.run.seed, samples_B) if self.config.model.dropout else None
@@ -151,7 +152,7 @@ class Trainer:
             nats.add_(cross_entropy)
             return objective
 
-        execute(one_stage_plan(len(batch))[0], forward)
+        Executor(one_stage_plan(len(batch))[0], {0: NoSync()}).step(forward)
         clip = self.config.optimizer.clip_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
         loss = nats.item() / counted
