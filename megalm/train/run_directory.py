@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.checkpoint import latest, load, read_manifest
+from megalm.checkpoint import latest, load, read_manifest, whole
 from megalm.config import Config, resolve, to_yaml
 from megalm.data.tokenizer import FILES, RECORD, Tokenizer, load_tokenizer
 from megalm.errors import UserError
@@ -167,7 +167,7 @@ def load_model(path: Path) -> TrainedModel:
             "the checkpoint in its run directory, which holds a copy"
         )
     model = build_model(config.model, pick_device("auto"), DTYPES[config.precision.compute])
-    load(checkpoint, {f"model.{name}": p for name, p in model.named_parameters()}, prefix="model.")
+    load(checkpoint, whole({f"model.{name}": p for name, p in model.named_parameters()}), prefix="model.")
     sources = {fingerprint: name for name, fingerprint in state["sources"].items()}
     return TrainedModel(config, tokenizer, model.requires_grad_(False), sources)
 
