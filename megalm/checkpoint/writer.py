@@ -16,12 +16,11 @@ little-endian bytes, JSON header, raw little-endian bytes.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -37,6 +36,7 @@ from megalm.checkpoint.ranks import rank_in, together
 from megalm.checkpoint.shard import BOX_BYTES, Shard, cut
 from megalm.errors import UserError
 from megalm.files import sync_directory, write_atomic
+from megalm.locks import Lock, NoLocks, lock
 
 
 def save(
@@ -63,9 +63,10 @@ def save(
             nonlocal intact
             with _told(target, needed := sum(sizes)):
                 root.mkdir(parents=True, exist_ok=True)
-                alone = stack.enter_context(_locked(root))
+                held = _lock(root)
+                stack.enter_context(held or nullcontext())
                 intact = [int(match[1]) for path in complete(root) if (match := VISIBLE.fullmatch(path.name))]
-                if alone:
+                if held:
                     _sweep(root, max(intact, default=-1))
                 if (free := shutil.disk_usage(root).free) < needed * 1.05:
                     raise OSError(errno.ENOSPC, f"only {free} bytes are free")
@@ -104,18 +105,15 @@ def _told(target: Path, needed: int, file: str = "") -> Iterator[None]:
         raise UserError(f"{what}{hint}; earlier ones are intact") from error
 
 
-@contextmanager
-def _locked(root: Path) -> Iterator[bool]:
-    """Holds `root`'s lock; yields False on a file system without locks, where nobody can tell who is alive."""
-    with (root / ".lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{root}: another process is saving there: give each run its own run.dir") from None
-        except OSError:
-            yield False
-        else:
-            yield True
+def _lock(root: Path) -> Lock | None:
+    """The lock of `root`; None on a file system without locks, where nobody can tell who is alive."""
+    try:
+        held = lock(root / ".lock", wait=False)
+    except NoLocks:
+        return None
+    if held is None:
+        raise UserError(f"{root}: another process is saving there: give each run its own run.dir")
+    return held
 
 
 def _hidden(directory: Path, kind: str) -> Path:

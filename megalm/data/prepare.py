@@ -27,7 +27,6 @@ import xxhash
 from megalm.data.counts import Counts, reasons, total
 from megalm.data.engine import choose_engine, open_engine
 from megalm.data.indexed import token_dtype
-from megalm.data.locks import lock
 from megalm.data.manifest import NAME, Manifest, TokenizerRecord
 from megalm.data.shards import EXAMPLES, Job, UnitResult, write_shard
 from megalm.data.share import Share
@@ -37,6 +36,7 @@ from megalm.data.work import PREPARATION, WorkDirectory, files_of
 from megalm.data.workers import run_in_workers
 from megalm.errors import UserError
 from megalm.files import write_atomic
+from megalm.locks import lock
 
 VERSION = 2  # of what a unit is made to; raise it when the same inputs and settings give other shards
 PROBE_BYTES = 1 << 18  # of the first documents, on which engines are compared
