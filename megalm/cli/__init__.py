@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 import megalm
-from megalm.cli import config, curate, data, evaluate, generate, inspect, merge, tokenizer, trace, train
+from megalm.cli import config, curate, data, evaluate, generate, inspect, merge, plan, tokenizer, trace, train
 from megalm.errors import UserError
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ data.app.command("filter")(curate.filter_)
 data.app.command("merge")(merge.merge)
 data.app.command("trace")(trace.trace)
 app.add_typer(data.app, name="data")
+app.add_typer(plan.app, name="plan")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)

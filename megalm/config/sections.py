@@ -214,8 +214,9 @@ class Pipeline(Section):
     """Order of forward and backward passes over the stages; with one stage all are the same."""
     chunks: int | None = Field(default=None, gt=0)
     """Stages a rank; derived: 1, or 2 for the schedules that need several."""
-    split: str | None = None
-    """Layers of each stage, such as `5,6,6,5`; derived: such that the slowest stage is fastest."""
+    split: str | None = Field(default=None, pattern=r"^[1-9][0-9]*(,[1-9][0-9]*)*$")
+    """Layers of each stage, in the order of the layers, such as `5,6,6,5`; derived: such that the slowest stage is
+    fastest."""
 
 
 class Zero(Section):

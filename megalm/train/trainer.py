@@ -14,6 +14,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,17 +234,17 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
         }
         root = self.directory / CHECKPOINTS
-        checkpoint.save(root, self.position.step, self.parts.tensors(), state, self.config.checkpoint.keep)
+        shards = checkpoint.whole(self.parts.tensors())
+        checkpoint.save(root, self.position.step, shards, state, self.config.checkpoint.keep)
         self.saved = self.position.step
 
     def _resume(self) -> None:
         """Goes to the newest intact checkpoint, if there is one."""
         root = self.directory / CHECKPOINTS
-        for found in checkpoint.complete(root) if root.is_dir() else ():
+        for found in checkpoint.candidates(root):
+            accept = partial(refuse_another_run, found, inputs=self.inputs, batches=self.batches)
             try:
-                saved = checkpoint.read_manifest(found).state
-                refuse_another_run(found, saved, self.inputs, self.batches)
-                checkpoint.load(found, self.parts.tensors())
+                saved = checkpoint.load(found, checkpoint.whole(self.parts.tensors()), accept=accept)
             except checkpoint.DamagedCheckpoint as damage:
                 logger.warning("%s; trying the one before", damage)
                 continue

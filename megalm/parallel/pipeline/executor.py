@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megalm.parallel.mesh import Mesh
 from megalm.parallel.pipeline.p2p import Buffers, Inbox, Outbox, Shape
 from megalm.parallel.pipeline.plan import Action, Op, Placement, peer
-from megalm.parallel.pipeline.timeline import Timeline
+from megalm.parallel.pipeline.recording import Recording
 from megalm.parallel.weight_gradients import WeightGradientQueue
 from megalm.parallel.zero.sync import GradientSync
 
@@ -89,7 +89,7 @@ class Executor:
         self._outboxes: dict[int, Outbox] = {}
         self._tasks = self._prepare(actions)
 
-    def step(self, forward: Forward, shapes: Sequence[Shape] = (), timeline: Timeline | None = None) -> None:
+    def step(self, forward: Forward, shapes: Sequence[Shape] = (), recording: Recording | None = None) -> None:
         """Runs all actions; after it the gradients of the parameters are complete over the data ranks.
 
         `shapes`: of what is sent between stages, for each micro-batch. Raises a RuntimeError that names the other rank
@@ -100,17 +100,17 @@ class Executor:
             for task in self._tasks:
                 if task.prepares is not None:
                     self.queue.prepare(task.prepares)
-                if timeline is None:
+                if recording is None:
                     task.run(task, task.inbox.take(task.number) if task.takes and task.inbox is not None else None)
                 else:
-                    self._run_timed(task, timeline)
+                    self._run_timed(task, recording)
         for sync in self._unfinished.values():
             sync.finish()
         for outbox in self._outboxes.values():
             outbox.finish()
         del self._call  # and with it the step's data
-        if timeline is not None:
-            timeline.bytes = sum(self._bytes(task) for task in self._tasks if task.outbox is not None)
+        if recording is not None:
+            recording.bytes = sum(self._bytes(task) for task in self._tasks if task.outbox is not None)
 
     def _begin(self, forward: Forward, shapes: Sequence[Shape]) -> None:
         self._call, self._shapes = forward, shapes
@@ -127,17 +127,17 @@ class Executor:
         for sync in self.syncs.values():
             sync.begin()
 
-    def _run_timed(self, task: _Task, timeline: Timeline) -> None:
+    def _run_timed(self, task: _Task, recording: Recording) -> None:
         """The time of a receive is that of waiting for it."""
         received = None
         if task.takes and task.inbox is not None:
             op = Op.RECEIVE_ACTIVATION if task.action.op is Op.FORWARD else Op.RECEIVE_GRADIENT
-            with timeline.span(Action(op, *task.key)):
+            with recording.span(Action(op, *task.key)):
                 received = task.inbox.take(task.number)
         if task.action.op in _RECEIVES:
             task.run(task, None)
         else:
-            with timeline.span(task.action):
+            with recording.span(task.action):
                 task.run(task, received)
 
     def _bytes(self, task: _Task) -> int:

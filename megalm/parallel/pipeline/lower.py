@@ -60,4 +60,5 @@ def _reduce(lists: list[list[Action]]) -> None:
     for actions in lists:
         last = {action.stage: place for place, action in enumerate(actions) if action.op in _WEIGHTS}
         for stage, place in sorted(last.items(), key=lambda item: -item[1]):
-            actions.insert(place + 1, Action(Op.REDUCE, stage))
+            sends = place + 1 < len(actions) and actions[place + 1].op is Op.SEND_GRADIENT  # another rank waits for it
+            actions.insert(place + 1 + sends, Action(Op.REDUCE, stage))

@@ -45,6 +45,13 @@ class Action:
         return f"{self.op.value}{self.stage}" + (f".{self.micro_batch}" if self.micro_batch >= 0 else "")
 
 
+def parse_action(text: str) -> Action:
+    """The inverse of `str(action)`; raises ValueError for anything else."""
+    place = text.lstrip("".join(op.value for op in Op))
+    stage, _, micro_batch = place.partition(".")
+    return Action(Op(text.removesuffix(place)), int(stage), int(micro_batch or -1))
+
+
 Plan = tuple[tuple[Action, ...], ...]
 """For each pipeline rank, its actions in order."""
 
@@ -74,7 +81,7 @@ def v_shaped(ranks: int) -> Placement:
 
 def placement_of(schedule: Schedule, ranks: int, chunks: int) -> Placement:
     """Where a schedule has its stages. It depends on nothing that changes during a run."""
-    return v_shaped(ranks) if schedule in ("zbv", "dualpipev") else looped(ranks, chunks)
+    return v_shaped(ranks) if ranks > 1 and schedule in ("zbv", "dualpipev") else looped(ranks, chunks)
 
 
 def peer(op: Op, stage: int, placement: Placement) -> int:

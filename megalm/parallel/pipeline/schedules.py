@@ -49,8 +49,11 @@ def templates(placement: Placement) -> tuple[Schedule, ...]:
 
 
 def compute_orders(schedule: Schedule, placement: Placement, micro_batches: int, forward_only: bool = False) -> Orders:
-    """Each rank's F, B, I and W in order, for any number of micro-batches. `schedule` is a template, not `auto`."""
+    """Each rank's F, B, I and W in order, for any number of micro-batches. `schedule` is a template, not `auto`;
+    one stage's order is always F0 B0 F1 B1 ..., which keeps one micro-batch at a time."""
     ranks = max(placement) + 1
+    if len(placement) == 1:
+        schedule = "1f1b"
     if placement == looped(ranks, len(placement) // ranks):
         return tuple(_looped(schedule, placement, rank, micro_batches, forward_only) for rank in range(ranks))
     rank_order = _v_forward if forward_only else {"zbv": _zbv, "dualpipev": _dualpipev}[schedule]
@@ -75,7 +78,7 @@ def _looped(
     forwards = passes(Op.FORWARD, stages)
     if forward_only:
         return tuple(forwards)
-    split = schedule in SPLIT
+    split = schedule in SPLIT and ranks > 1
     backwards = passes(Op.INPUT_GRADIENT if split else Op.BACKWARD, stages[::-1])
     after = ranks - 1 - rank
     # a backward of two chunks is twice as far away, unless it is split: then weight gradients give way

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from megalm.parallel.pipeline.plan import Action, Op, Placement, Plan, PlanError
+from megalm.parallel.pipeline.plan import Action, Op, Placement, PlanError
 
 COMPUTE = (Op.FORWARD, Op.BACKWARD, Op.INPUT_GRADIENT, Op.WEIGHT_GRADIENT)
 
@@ -40,8 +40,13 @@ class Costs:
         cls, stages: int, forward: float = 1, input_gradient: float = 1, weight_gradient: float = 1, latency: float = 0
     ) -> Costs:
         """Alike for all stages, an activation being 1."""
-        times = ((time,) * stages for time in (forward, input_gradient, weight_gradient, 1))
-        return cls(*times, latency)
+        return cls(
+            forward=(forward,) * stages,
+            input_gradient=(input_gradient,) * stages,
+            weight_gradient=(weight_gradient,) * stages,
+            activation=(1,) * stages,
+            latency=latency,
+        )
 
 
 class Timed(NamedTuple):
@@ -157,7 +162,8 @@ class Step:
 
     def bound(self, orders: Sequence[Sequence[int]]) -> float:
         """No order of the same actions is done earlier: each rank waits for its first input, then has its work."""
-        heads, head = {}, 0.0
+        heads: dict[int, float] = {}
+        head = 0.0
         for stage, rank in enumerate(self.placement):
             first = stage * self.micro_batches
             head += self.delay[first]
@@ -169,7 +175,7 @@ class Step:
         return sum(self.duration[number] for number in order)
 
 
-def simulate(plan: Plan, placement: Placement, costs: Costs) -> Simulation:
+def simulate(plan: Sequence[Sequence[Action]], placement: Placement, costs: Costs) -> Simulation:
     """Runs a plan or the orders that it is made of. Raises PlanError if ranks would wait for each other for ever."""
     orders = [[action for action in actions if action.op in COMPUTE] for actions in plan]
     micro_batches = 1 + max((action.micro_batch for order in orders for action in order), default=-1)

@@ -1,78 +1,81 @@
-"""When each action of one step ran, on all pipeline ranks: what `megalm plan schedule` draws beside the simulated plan.
+"""What a run recorded of one of its steps, and the costs that its plan really had.
 
-    {"schedule": "1f1b", "placement": [0, 1], "micro_batches": 8, "bytes": 131072,
-     "ranks": [[{"action": "F0.0", "start": 0.0012, "end": 0.0034}, ...], ...]}
+timeline.json, in the run directory, is written by a run with `log.timeline: true`:
 
-Seconds from a moment that all ranks agree on, for they leave a barrier together. A receive is as long as the rank waits
-for it. On a GPU the times are those of its stream, measured with events, and recording them waits for nothing.
+    {"schedule": "zbv", "placement": [0, 1, 1, 0], "micro_batches": 8, "bytes": 1048576,
+     "ranks": [[{"action": "F0.0", "start": 0.0, "end": 0.0021}, ...], ...]}          seconds from a common zero
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
 
-import torch
-import torch.distributed as dist
-
-from megalm.files import write_atomic
-from megalm.parallel.mesh import Mesh
-from megalm.parallel.pipeline.plan import Action, Placement
+from megalm.errors import UserError
+from megalm.parallel.pipeline.plan import Action, Op, Placement, Schedule, parse_action
+from megalm.parallel.pipeline.simulate import COMPUTE, Costs, Timed
 
 
+@dataclass(frozen=True)
 class Timeline:
-    """Of the one step that it is given to; made by all ranks of a pipeline just before it."""
+    schedule: Schedule
+    placement: Placement
+    micro_batches: int
+    ranks: tuple[tuple[Timed, ...], ...]
+    """Each rank's compute actions, in seconds from the first one's start."""
+    bytes: int
+    """Sent between ranks in the step."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-        self.bytes = 0
-        """What this rank sends in the step."""
-        self._spans: list[tuple[Action, Any, Any]] = []
-        self._on_gpu = mesh.device.type == "cuda"
-        if self._on_gpu:
-            torch.cuda.synchronize(mesh.device)
-        if mesh.pipeline.group is not None:
-            dist.barrier(mesh.pipeline.group)
-        self._zero = self._now()
+    @property
+    def seconds(self) -> float:
+        """From the first action's start to the last one's end."""
+        return max(rank[-1].end for rank in self.ranks)
 
-    @contextmanager
-    def span(self, action: Action) -> Iterator[None]:
-        """`action` runs inside of this block."""
-        start = self._now()
-        yield
-        self._spans.append((action, start, self._now()))
+    def costs(self) -> Costs:
+        """Medians for each stage and operation. A whole backward counts half as input gradient, half as weight
+        gradient; latency is the shortest time from a result to its use on another rank, the middle one of all edges."""
+        times: dict[tuple[Op, int], list[float]] = defaultdict(list)
+        when = {timed.action: timed for rank in self.ranks for timed in rank}
+        for action, start, end in when.values():
+            times[action.op, action.stage].append(end - start)
 
-    def write(self, path: Path, schedule: str, placement: Placement, micro_batches: int) -> None:
-        """Brings the ranks' times together and writes the file, once; all ranks of all pipelines call it."""
-        if self._on_gpu:
-            torch.cuda.synchronize(self.mesh.device)
-        mine = [
-            {"action": str(action), "start": self._seconds(start), "end": self._seconds(end)}
-            for action, start, end in self._spans
-        ]
-        ranks: list[Any] = [(mine, self.bytes)] * self.mesh.pipeline.size
-        if self.mesh.pipeline.group is not None:
-            dist.all_gather_object(ranks, (mine, self.bytes), group=self.mesh.pipeline.group)
-        if self.mesh.rank == 0:
-            content = {
-                "schedule": schedule,
-                "placement": placement,
-                "micro_batches": micro_batches,
-                "bytes": sum(sent for _, sent in ranks),
-                "ranks": [spans for spans, _ in ranks],
-            }
-            write_atomic(path, json.dumps(content).encode())
+        def typical(op: Op, stage: int) -> float:
+            return median(times[op, stage]) if (op, stage) in times else 0.0
 
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        stages = range(len(self.placement))
+        whole = [typical(Op.BACKWARD, stage) / 2 for stage in stages]
+        split = [[typical(op, s) or whole[s] for s in stages] for op in (Op.INPUT_GRADIENT, Op.WEIGHT_GRADIENT)]
+        waits: dict[int, list[float]] = defaultdict(list)
+        for action, start, _ in when.values():
+            before = when.get(Action(Op.FORWARD, action.stage - 1, action.micro_batch))
+            if action.op is Op.FORWARD and before and self.placement[action.stage] != self.placement[action.stage - 1]:
+                waits[action.stage].append(start - before.end)
+        return Costs(
+            forward=tuple(typical(Op.FORWARD, stage) for stage in stages),
+            input_gradient=tuple(split[0]),
+            weight_gradient=tuple(split[1]),
+            activation=(1.0,) * len(stages),
+            latency=max(0.0, median(map(min, waits.values()))) if waits else 0.0,
+        )
 
-    def _seconds(self, moment: Any) -> float:
-        return self._zero.elapsed_time(moment) / 1000 if self._on_gpu else moment - self._zero
+
+def read_timeline(path: Path) -> Timeline:
+    """Raises UserError if the file is not one that a run has written."""
+    try:
+        content = json.loads(path.read_text())
+        ranks = [[(parse_action(item["action"]), item["start"], item["end"]) for item in r] for r in content["ranks"]]
+        begin = min(start for rank in ranks for _, start, _ in rank)
+        return Timeline(
+            content["schedule"],
+            tuple(content["placement"]),
+            content["micro_batches"],
+            tuple(tuple(Timed(a, s - begin, e - begin) for a, s, e in rank if a.op in COMPUTE) for rank in ranks),
+            content["bytes"],
+        )
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: train with log.timeline=true, which records a step") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no timeline of a run ({error!r}): train again with log.timeline=true") from None

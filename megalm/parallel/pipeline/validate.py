@@ -63,7 +63,7 @@ def _check_once(rank: int, actions: Sequence[Action], expected: Counter[Action])
         expected[action] += 1
         expected[Action(Op.WEIGHT_GRADIENT, action.stage, action.micro_batch)] += 1
     found = Counter(actions)
-    for action in found.keys() | expected.keys():
+    for action in (*expected, *found):
         if found[action] != (wanted := expected[action]):
             raise PlanError(f"rank {rank} has {action} {found[action]} times, not {wanted}")
 

@@ -195,7 +195,7 @@ class _Row(torch.autograd.Function):
             y_RD = wait(coming[0]) if len(coming) == 1 else torch.cat([wait(y_CD) for y_CD in coming])
         else:
             y_RD = wait(start_sum(F.linear(x_TF, narrow), tp.axis))
-        return y_RD if bias is None else y_RD.add_(bias.to(y_RD.dtype))
+        return y_RD if bias is None else y_RD + bias.to(y_RD.dtype)  # not in place: recomputation may keep it
 
     @staticmethod
     def backward(ctx, g_RD):  # type: ignore[no-untyped-def]
