@@ -1,13 +1,13 @@
-"""The pipeline against torch.distributed.pipelining and DeepSpeed's PipelineModule: the same stages, data and schedules over
-gloo, in turn in one run.
+"""The pipeline against torch.distributed.pipelining and DeepSpeed's PipelineModule: the same stages, data and schedules
+over gloo, in turn in one run.
 
-For each schedule: seconds a step; CPU time (user and system, all threads) a micro-batch and stage; and what of it is over
-the bare forward and backward passes of the same stages. The stages are small, so that what is measured is what the
-pipeline costs beside the compute.
+For each schedule: seconds a step; CPU time (user and system, all threads) a micro-batch and stage; and what of it is
+over the bare forward and backward passes of the same stages. The stages are small, so that what is measured is what
+the pipeline costs beside the compute.
 
 Where ours gains: what can be known before the step is worked out once, so that an action is one call; a weight
-gradient that waits is a function in a list, not a walk over the graph; receives wait in memory that is there; nothing is
-sent about shapes. Messages themselves (gloo's threads and the kernel) are most of what is left.
+gradient that waits is a function in a list, not a walk over the graph; receives wait in memory that is there; nothing
+is sent about shapes. Messages themselves (gloo's threads and the kernel) are most of what is left.
 """
 
 from __future__ import annotations
