@@ -8,6 +8,10 @@ the pipeline costs beside the compute.
 Where ours gains: what can be known before the step is worked out once, so that an action is one call; a weight
 gradient that waits is a function in a list, not a walk over the graph; receives wait in memory that is there; nothing
 is sent about shapes. Messages themselves (gloo's threads and the kernel) are most of what is left.
+
+What is left, by the profile: gloo's threads and the kernel, a third or more of the process's time and the same for
+all; autograd's checks of what a backward pass begins with (20 µs); and where backward passes are split, linear layers
+that are autograd functions in Python. The executor's own lines are a few µs an action.
 """
 
 from __future__ import annotations
