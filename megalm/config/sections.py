@@ -304,6 +304,9 @@ class Log(Section):
     """Steps between lines in `metrics.jsonl` and the terminal."""
     tensorboard: bool = True
     """Write TensorBoard events, too."""
+    timeline: bool = False
+    """Record when each action of the run's second step ran, on all pipeline ranks, in `timeline.json`, for `megalm plan
+    schedule --from-run`."""
 
 
 class Config(Section):
