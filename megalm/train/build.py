@@ -25,7 +25,10 @@ from megalm.errors import UserError
 from megalm.model.counts import parameter_count
 from megalm.model.init import initialise
 from megalm.model.transformer import ModelInputs, Recompute, Transformer
-from megalm.optim.adamw import build_adamw, moments
+from megalm.optim.adamw import moments
+from megalm.optim.build import build_optimizer
+from megalm.parallel.mesh import Mesh
+from megalm.parallel.zero.regions import regions
 from megalm.train.device import DTYPES, pick_device, total_memory
 
 BYTES_A_PARAMETER = 16  # float32: parameter, gradient, two moments
@@ -47,7 +50,7 @@ class Parts:
     """What a run changes."""
 
     model: Transformer
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name."""
@@ -91,7 +94,8 @@ def build_parts(config: Config, device: torch.device) -> Parts:
     if config.run.compile:
         for block in model.layers.values():
             block.compile()
-    return Parts(model, build_adamw(config.optimizer, model))
+    held = regions(model, model.parts, Mesh())
+    return Parts(model, build_optimizer(config.optimizer, held, Mesh()))
 
 
 def build_model(
