@@ -33,6 +33,9 @@ class WeightGradientQueue:
 
     key: Hashable | None = None
     """Where `put` puts; None where weight gradients are computed at once."""
+    splits: bool = True
+    """Whether the backward pass of what now goes forward may leave anything here. Layers for which that makes no
+    difference otherwise are then autograd's own, which are faster."""
     _waiting: dict[Hashable, list[Product]] = field(default_factory=lambda: defaultdict(list))
 
     @contextmanager

@@ -54,6 +54,8 @@ class _Task:
     """Of a receive, and of the action that needs what is received: where it comes from, as message `number`."""
     number: int = 0
     takes: bool = False
+    splits: bool = False
+    """Of F, B and I: whether the micro-batch's backward pass is split."""
     outbox: Outbox | None = None
     prepares: Key | None = None
     """The weight gradients that are next."""
@@ -183,6 +185,7 @@ class Executor:
         x = self._activations.pop((stage - 1, micro_batch)) if received is None and stage > 0 else received
         if x is not None and self.trains:
             x = self._inputs[key] = x.detach().requires_grad_()
+        self.queue.splits = task.splits
         y = self._call(stage, micro_batch, x)
         if stage + 1 < len(self.placement):
             assert y.shape == self._shapes[micro_batch], (
@@ -203,21 +206,22 @@ class Executor:
 
     def _run_backward(self, task: _Task, received: Tensor | None) -> None:
         self.syncs[task.action.stage].before_backward(task.last, deferred=False)
-        self._backward(task.key, received)
+        self._backward(task, received)
         self._release(task.key)
 
     def _run_input_gradient(self, task: _Task, received: Tensor | None) -> None:
         self.syncs[task.action.stage].before_backward(task.last, deferred=True)
         with self.queue.defer(task.key):
-            self._backward(task.key, received)
+            self._backward(task, received)
 
     def _run_weight_gradient(self, task: _Task, received: Tensor | None) -> None:
         self.queue.run(task.key)
         self.syncs[task.action.stage].after_weights(task.last)
         self._release(task.key)
 
-    def _backward(self, key: Key, received: Tensor | None) -> None:
-        stage, micro_batch = key
+    def _backward(self, task: _Task, received: Tensor | None) -> None:
+        stage, micro_batch = key = task.key
+        self.queue.splits = task.splits  # what is computed again must be what went forward
         output = self._outputs.pop(key)
         if stage + 1 == len(self.placement):
             torch.autograd.backward(output)
@@ -264,7 +268,10 @@ class Executor:
 
 
 def _mark(tasks: Sequence[_Task]) -> None:
-    """Which tasks are the last of their stage, and which weight gradients come after which task."""
+    """What a task has to know of those after it."""
+    split = {task.key for task in tasks if task.action.op is Op.INPUT_GRADIENT}
+    for task in tasks:
+        task.splits = task.key in split
     last_weights = {task.action.stage: task for task in tasks if task.action.op in _WEIGHTS}
     last_backward = {task.action.stage: task for task in tasks if task.action.op in _BACKWARD}
     for task in last_weights.values():
