@@ -201,8 +201,6 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
             break
 
 
-def _processes(config: Config, processes: int) -> Iterator[str]:
-    parallel = config.parallel
 def _offload(zero: Zero, data: int) -> Iterator[str]:
     if zero.engine == "fsdp" and zero.offload == "cpu" and data == 1:
         yield (
@@ -211,7 +209,8 @@ def _offload(zero: Zero, data: int) -> Iterator[str]:
         )
 
 
-def _processes(parallel: Parallel, processes: int) -> Iterator[str]:
+def _processes(config: Config, processes: int) -> Iterator[str]:
+    parallel = config.parallel
     factors = {"parallel.tensor": parallel.tensor, "parallel.pipeline.size": parallel.pipeline.size}
     if parallel.data != "auto":
         factors["parallel.data"] = parallel.data
