@@ -50,9 +50,9 @@ def save(
     """Writes `root`/step-NNNNNNNN, replacing one of the same step, and keeps the `keep` newest up to `step`.
 
     All ranks of `group` call it together with what each holds, which must make up every tensor; `root` is on a file
-    system that they share. `state` is rank 0's, and JSON: its floats come back exactly. Memory: one box. Raises
-    UserError, on all ranks, if any of them cannot write; then nothing of it is left, and what was there before is
-    intact.
+    system that they share. `state` is rank 0's, and JSON: its floats come back exactly. Memory: one box, if it is not
+    contiguous on the CPU. Raises UserError, on all ranks, if any of them cannot write; then nothing of it is left, and
+    what was there before is intact.
     """
     target = root / f"step-{step:08d}"
     mine = [shard for shard in shards if shard.primary and (shard.region.volume or not prod(shard.shape))]
@@ -148,10 +148,9 @@ def write_shards(path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
         file.write(header)
         for shard in shards:
             for region in cut(shard.region, BOX_BYTES // shard.tensor.element_size()):
-                piece = torch.empty(region.size, dtype=shard.tensor.dtype).copy_(
-                    shard.data[region.within(shard.region)]
-                )
-                data = piece.reshape(-1).view(torch.uint8).numpy().data
+                piece = shard.data[region.within(shard.region)].cpu().contiguous()
+                flat = piece.as_strided((piece.numel(),), (1,))  # one element is contiguous whatever its stride
+                data = flat.view(torch.uint8).numpy().data
                 place = {"file": path.name, "start": file.tell(), "checksum": xxhash.xxh3_128_hexdigest(data)}
                 parts.append([shard.name, shard.shape, shard.dtype, asdict(region) | place])
                 file.write(data)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from math import isqrt, log
 
 from megalm.config.explain import choices
-from megalm.config.sections import Batch, Config, Data, Model, Parallel, Pipeline, Schedule, Stage
+from megalm.config.sections import Batch, Config, Data, Model, Parallel, Pipeline, Schedule, Stage, Zero
 from megalm.errors import nearest
 
 CHUNKS = {"gpipe": (1,), "1f1b": (1,), "zb-h1": (1,), "zbv": (2,), "dualpipev": (2,)}
@@ -189,6 +189,7 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
             )
 
     data = max(data_ranks(parallel, processes), 1)
+    yield from _offload(parallel.zero, data)
     yield from _must_divide("parallel.zero.shard", parallel.zero.shard or data, "the data ranks", data)
     for key, size in batch_sizes(batch):
         if size % data:
@@ -198,6 +199,14 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
         if broken := list(_must_divide("batch.micro_size", batch.micro_size or 1, share, size // data)):
             yield from broken
             break
+
+
+def _offload(zero: Zero, data: int) -> Iterator[str]:
+    if zero.engine == "fsdp" and zero.offload == "cpu" and data == 1:
+        yield (
+            "parallel.zero.offload=cpu needs at least 2 data ranks with parallel.zero.engine=fsdp: "
+            "set parallel.zero.engine=deepspeed, or offload=none"
+        )
 
 
 def _processes(config: Config, processes: int) -> Iterator[str]:

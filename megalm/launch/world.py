@@ -28,20 +28,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
-from megalm.errors import UserError
+from megalm.errors import RunFailed, UserError
 from megalm.launch.ranks import Process
 
 T = TypeVar("T")
 WORD, HERE = "megalm/failed", "megalm/here"
 POLL, GRACE = 1.0, 6.0  # seconds between looks at the store; seconds that the others have to answer
-
-
-class RunFailed(Exception):
-    """A rank's failure ended the run on all of them. The message is one line, empty on ranks that need not say it."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class World:

@@ -21,25 +21,26 @@ from megalm.parallel.part import Part
 
 @dataclass(frozen=True)
 class Region:
-    """A box of a whole parameter, and this rank's tensor that holds it."""
+    """A box of a whole parameter, which this rank's shard begins with; the shard's other rows are padding."""
 
-    shape: tuple[int, ...]
-    """Of the whole parameter."""
+    name: str
+    parameter: nn.Parameter
+    """At rest: under FSDP a DTensor."""
+    part: Part
+    """What the tensor axis left of it."""
     offset: tuple[int, ...]
     size: tuple[int, ...]
     """The first may be 0."""
     primary: bool
     """Whether this rank is the one, of those that hold the same box, that counts and saves it."""
-    tensor: Tensor
-    """The local shard; its first `size[0]` rows are the box, the others padding."""
 
     @property
     def count(self) -> int:
         return prod(self.size)
 
     def box(self, tensor: Tensor) -> Tensor:
-        """The same rows of a tensor like `tensor`: a gradient, a moment."""
-        return local(tensor)[: self.size[0]] if self.size else local(tensor)
+        """The region's own elements of the parameter, of its gradient or of a moment; writing to it writes to them."""
+        return local(tensor)[: self.size[0]]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -54,26 +55,17 @@ def shard_rows(rows: int, shards: int, rank: int) -> tuple[int, int]:
     return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
 
 
-def regions(module: nn.Module, parts: Mapping[str, Part], mesh: Mesh) -> dict[str, Region]:
-    """For each parameter of a stage, at rest, by name: this rank's region. `parts`: what the tensor axis left of each
-    (one that is not named is whole)."""
-    found = {}
+def regions(module: nn.Module, parts: Mapping[str, Part], mesh: Mesh) -> list[Region]:
+    """This rank's region of each parameter of a stage at rest. `parts`: what the tensor axis left of each, by name (one
+    that is not named is whole)."""
+    found = []
     for name, parameter in module.named_parameters():
-        part = parts.get(name) or Part.whole(*parameter.shape)
-        rows = parameter.shape[0]
-        first, last = (
-            shard_rows(rows, mesh.data_shard.size, mesh.data_shard.rank)
-            if isinstance(parameter, DTensor)
-            else (0, rows)
-        )
-        tensor = local(parameter)
-        assert len(tensor) == last - first, f"{name}: {len(tensor)} rows here, not {last - first}"
-        used = max(0, min(last, part.size[0]) - first)
-        found[name] = Region(
-            part.shape,
-            (part.offset[0] + min(first, part.size[0]), *part.offset[1:]),
-            (used, *part.size[1:]),
-            part.primary and mesh.data_replicate.rank == 0,
-            tensor,
-        )
+        part, rows = parts.get(name) or Part.whole(*parameter.shape), parameter.shape[0]
+        first, last = 0, rows
+        if isinstance(parameter, DTensor):
+            first, last = shard_rows(rows, mesh.data_shard.size, mesh.data_shard.rank)
+        first, last = min(first, part.size[0]), min(last, part.size[0])
+        offset, size = (part.offset[0] + first, *part.offset[1:]), (last - first, *part.size[1:])
+        primary = part.primary and mesh.data_replicate.rank == 0
+        found.append(Region(name, parameter, part, offset, size, primary))
     return found

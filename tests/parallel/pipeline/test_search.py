@@ -69,7 +69,7 @@ def test_a_small_cap_is_kept_and_one_that_nothing_keeps_is_a_mistake() -> None:
 
 def test_a_searched_plan_is_kept_and_made_again_if_its_file_is_damaged(tmp_path: Path) -> None:
     def orders() -> Orders:
-        return plan_schedule("auto", 2, 2, 5, Costs.uniform(4, latency=0.1), cache=tmp_path)
+        return plan_schedule("auto", 2, 2, 5, Costs.uniform(4), cache=tmp_path)
 
     first = orders()
     (file,) = tmp_path.iterdir()

@@ -36,6 +36,7 @@ def test_float32_stays_close() -> None:
     assert_same(run_ranks(2, on_tensor_ranks, case), backward(build(case), case), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_compiled_blocks_equal_eager_ones(recompute: str) -> None:
     case = Case({"num_layers": 1}, recompute=recompute, dtype=torch.float32)

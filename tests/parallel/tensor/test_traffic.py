@@ -69,7 +69,7 @@ def counted(case: Case, stage: Stage) -> tuple[float, int]:
 WHOLE, FIRST, MIDDLE = Stage(0, 2, True, True), Stage(0, 1, True, False), Stage(1, 2, False, False)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("case", "stage"),
     [

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run_ranks
-from steps import Case, largest_difference, plain_gradients, zero_gradients
+from zero_steps import Case, largest_difference, plain_gradients, zero_gradients
 
 SPLIT = "F0 F1 I0 F2 I1 W0 I2 W1 W2"
 
