@@ -217,7 +217,7 @@ class DeepSpeedStage:
     def steps(self) -> list[Piece]:
         """As `masters`, AdamW's count of steps: one for each parameter, primary where its first element is."""
         return [
-            Piece(name, self.optimizer.state[place.flat]["step"], (), (), part.primary and place.first == 0)
+            Piece(name, self.optimizer.state[place.flat]["step"], (), (), part.primary and not place.first + sum(part.offset))
             for name, part in self.parts.items()
             if (place := self._place(self._parameters[name]))
         ]
