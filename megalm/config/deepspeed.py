@@ -68,8 +68,8 @@ def broken_rules(config: Config, data: int) -> Iterator[str]:
         yield f"parallel.zero.offload='nvme' needs parallel.zero.stage=3, not {zero.stage}: choose it, or offload cpu"
     if config.optimizer.kind != "adamw":
         yield (
-            f"optimizer.kind='{config.optimizer.kind}' cannot be run by parallel.zero.engine='deepspeed': choose adamw, "
-            "or engine fsdp"
+            f"optimizer.kind='{config.optimizer.kind}' cannot be run by parallel.zero.engine='deepspeed': choose "
+            "adamw, or engine fsdp"
         )
     if config.run.compile and zero.stage == 3:
         yield "run.compile=true cannot be run by DeepSpeed's stage 3: set it to false, or choose engine fsdp"

@@ -1,7 +1,8 @@
-"""DeepSpeed's engine in the place of FSDP2: the same model, with the same tensor-parallel layers, under its ZeRO 1 to 3.
+"""DeepSpeed's engine in the place of FSDP2: the same model, with the same tensor-parallel layers, under its ZeRO 1 to
+3.
 
     FSDP2        each rank holds rows of each parameter
-    DeepSpeed    each rank holds a stretch of each parameter, flattened, that begins and ends anywhere: up to three boxes
+    DeepSpeed    each rank holds a stretch of each flattened parameter, from anywhere to anywhere: up to three boxes
 
         . . . . .
         . . 1 1 1      what a rank holds of a 5 x 5 matrix
@@ -9,9 +10,9 @@
         2 2 2 2 2
         3 . . . .
 
-The engine forms no norm that is used, clips nothing, and knows of no learning rate: it gathers, reduces and updates. Its
-hooks count on one micro-batch in flight, so each goes forward and straight back: no pipeline. Only this file, and the
-tests, import deepspeed, which may not be installed.
+The engine gathers, reduces and updates; norms, clipping and the learning rate are the trainer's. Its hooks count on one
+micro-batch in flight, so each goes forward and straight back: no pipeline. Only this file imports deepspeed, which may
+not be installed.
 """
 
 from __future__ import annotations
@@ -124,6 +125,11 @@ def _groups(mesh: Mesh) -> _Groups:
     return _Groups(mesh.data, mesh.tensor, mesh.data.group or alone, mesh.tensor.group or alone)
 
 
+def _marks(parameter: nn.Parameter) -> Any:
+    """The parameter, on which DeepSpeed writes its own attributes."""
+    return parameter
+
+
 @dataclass(frozen=True)
 class _Place:
     """A rank's stretch of a parameter: `count` elements from `first` of the flattened parameter, of which `flat` holds
@@ -156,7 +162,7 @@ class DeepSpeedStage:
         self._access, self._gathered = deepspeed.utils, deepspeed.zero.GatheredParameters
         self._sharded = settings["zero_optimization"]["stage"] == 3
         for parameter in module.parameters():
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # else a rank may have none to count
+            _marks(parameter).tensor_model_parallel = True  # else a rank may have none to count
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, mpu=_groups(mesh), config=settings, dist_init_required=False
@@ -217,7 +223,13 @@ class DeepSpeedStage:
     def steps(self) -> list[Piece]:
         """As `masters`, AdamW's count of steps: one for each parameter, primary where its first element is."""
         return [
-            Piece(name, self.optimizer.state[place.flat]["step"], (), (), part.primary and not place.first + sum(part.offset))
+            Piece(
+                name,
+                self.optimizer.state[place.flat]["step"],
+                (),
+                (),
+                part.primary and not place.first + sum(part.offset),
+            )
             for name, part in self.parts.items()
             if (place := self._place(self._parameters[name]))
         ]
@@ -260,8 +272,8 @@ class DeepSpeedStage:
             zero = self._engine.optimizer
             group, start, count = zero.grad_position[zero.get_param_id(parameter)]
             first = count * self.mesh.data.rank
-            return _Place(self._flats()[group], start, first, count) if first < parameter.ds_numel else None
-        if (mapping := parameter._hp_mapping) is None:
+            return _Place(self._flats()[group], start, first, count) if first < _marks(parameter).ds_numel else None
+        if (mapping := _marks(parameter)._hp_mapping) is None:
             return None
         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
         return _Place(self._flats()[mapping.param_group_index], here.start, there.start, here.numel)
@@ -289,7 +301,8 @@ class DeepSpeedStage:
     def _gradient(self, parameter: nn.Parameter, place: _Place) -> Tensor:
         """A view, or where the gradient rests elsewhere a copy that `step` takes back."""
         if not self._sharded:
-            flat = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+            marks = _marks(parameter)
+            flat = marks._hp_mapping.get_lp_grad_fragment(marks._index_in_param_group).view(-1)
             whole = len(flat) == parameter.numel()  # the bfloat16 optimizer has it on every rank
             return flat.narrow(0, place.first, place.count) if whole else flat
         flat = self._access.safe_get_local_grad(parameter)

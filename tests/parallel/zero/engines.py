@@ -14,7 +14,6 @@ from parallel.tensor.layouts import SHAPE, batch
 from megalm.config import Config
 from megalm.config.deepspeed import engine_settings
 from megalm.config.load import resolve
-from megalm.config.sections import Model
 from megalm.model.init import fill, initialise
 from megalm.model.transformer import ModelInputs, Transformer
 from megalm.optim.adamw import build_adamw, decays
@@ -33,7 +32,7 @@ MODEL = {key: value for key, value in SHAPE.items() if key not in ("head_dim", "
 class Run:
     """What is trained, and how."""
 
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     stage: int = 1
     offload: str = "none"
     compute: str = "float32"
@@ -125,6 +124,9 @@ def train_alone(run: Run) -> tuple[Curve, dict[str, torch.Tensor]]:
 
 
 def mesh_of(run: Run) -> Mesh:
+    if run.layout.size == 1:
+        dist.destroy_process_group()  # as in a process that nobody launched
+        return Mesh()
     copies = max(1, run.layout.tensor // run.config.model.num_kv_heads)  # type: ignore[operator]
     return build_mesh(run.layout, torch.device("cpu"), timedelta(seconds=60), copies)
 
@@ -213,3 +215,34 @@ def whole(ranks: list[Curve]) -> Iterator[tuple[str, torch.Tensor]]:
                     count[place] += 1
     for name, value in values.items():
         yield name, torch.where(counts[name] == 1, value, torch.nan)
+
+
+def continue_under_deepspeed(run: Run, start: int, values: dict[str, torch.Tensor]) -> Curve:
+    """Run by each rank: from step `start`, with what `values` hold, by the names that `whole` gives."""
+    stage = build_stage(run, mesh_of(run), seed=4)
+    for kind, pieces in held(stage).items():
+        for piece in pieces:
+            place = tuple(slice(a, a + n) for a, n in zip(piece.offset, piece.size, strict=True))
+            piece.tensor.copy_(values[f"{kind}.{piece.name}"][place])
+    stage.publish()
+    curve = Curve()
+    for step in range(start, run.steps):
+        train_step(stage, step, curve)
+    curve.state = held(stage)
+    return curve
+
+
+def score_in_between(run: Run) -> list[tuple[list[float], list[float]]]:
+    """Run by each rank: a few steps with a forward pass for evaluation before each, and without."""
+    found = []
+    for scored in (False, True):
+        stage = build_stage(run, mesh_of(run))
+        curve = Curve()
+        for step in range(3):
+            if scored:
+                with torch.no_grad():
+                    _, nats = stage(micro_batches(99)[0])
+                assert nats > 0
+            train_step(stage, step, curve)
+        found.append((curve.losses, curve.norms))
+    return found
