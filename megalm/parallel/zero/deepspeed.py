@@ -1,5 +1,4 @@
-"""DeepSpeed's engine in the place of FSDP2: the same model, with the same tensor-parallel layers, under its ZeRO 1 to
-3.
+"""DeepSpeed's engine in the place of FSDP2: the same model, with the same tensor-parallel layers, under ZeRO 1 to 3.
 
     FSDP2        each rank holds rows of each parameter
     DeepSpeed    each rank holds a stretch of each flattened parameter, from anywhere to anywhere: up to three boxes
