@@ -10,6 +10,14 @@ class UserError(Exception):
     """A mistake that the user can mend. The message is one line: key or path, value, rule, mend."""
 
 
+class RunFailed(Exception):
+    """A failure on some rank ended a run on all. The message is one line, empty on ranks that leave it to another."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the known word closest to `word`, or an empty string."""
     matches = get_close_matches(word, list(known), n=1)

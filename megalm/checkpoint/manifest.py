@@ -1,6 +1,6 @@
 """What a checkpoint is on disk, and how the newest complete one is found.
 
-    ROOT/step-00000100/rank-00000.safetensors     one file a writing rank; any safetensors reader opens it
+    ROOT/step-00000100/rank-00000.safetensors     one file a writing rank, of its shards; safetensors readers open it
     ROOT/step-00000100/manifest.json              the only thing that gives those bytes a meaning
     ROOT/.step-00000200.tmp-<uuid>/               being written, or left by a killed run: never read
     ROOT/.step-00000050.old-<uuid>/               out of sight, to be deleted
@@ -21,14 +21,15 @@ import logging
 import math
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, ValidationError, model_validator
 
 from megalm.errors import UserError
 
@@ -133,10 +134,16 @@ class TensorRecord(Record):
                 raise ValueError("a box has another number of dims than its tensor")
             if any(start + length > dim for start, length, dim in zip(box.offset, box.size, self.shape, strict=True)):
                 raise ValueError("a box reaches out of its tensor")
-        if any(a.region.intersection(b.region) for a, b in combinations(self.boxes, 2)):
-            raise ValueError("two boxes overlap")
-        if sum(box.region.volume for box in self.boxes) != self.region.volume:
-            raise ValueError("the boxes leave a gap")
+        # Each element counts once where the boxes' corners, with alternating signs, add up to the whole's: the corners
+        # are the mixed difference of the count, which is one to one, and are found without comparing each two boxes.
+        corners: Counter[tuple[int, ...]] = Counter()
+        for region, sign in [(box.region, 1) for box in self.boxes] + [(self.region, -1)]:
+            for ends in product((0, 1), repeat=len(self.shape)):
+                corner = tuple(start + end * n for start, end, n in zip(region.offset, ends, region.size, strict=True))
+                corners[corner] += sign * (-1) ** sum(ends)
+        if any(corners.values()):
+            gap = sum(box.region.volume for box in self.boxes) < self.region.volume
+            raise ValueError("the boxes leave a gap" if gap else "two boxes overlap")
         return self
 
 
@@ -156,6 +163,8 @@ class CheckpointManifest(Record):
     """The caller's JSON: whatever is not a tensor."""
     files: dict[FileName, FileRecord]
     tensors: dict[str, TensorRecord]
+    checksum: str = Field("", exclude=True)
+    """Of all else, if it was read from a file."""
 
     @model_validator(mode="after")
     def boxes_lie_in_the_files(self) -> Self:
@@ -196,7 +205,6 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         if line + newline != _first_line(body):
             raise DamagedCheckpoint(f"{path}: the manifest does not match its own checksum")
         fields = json.loads(content)
-        del fields["checksum"]
         if (version := fields.get("version")) != VERSION:
             raise UserError(f"{path}: version {version}, but this megalm reads {VERSION}: use the one that wrote it")
         manifest = CheckpointManifest.model_validate(fields)

@@ -1,12 +1,12 @@
 """Loading a checkpoint: read and verify every box that is needed, then copy its intersection with each target.
 
-The files are read twice, so that nothing is changed before everything is known to be intact, in the memory of one box;
-the second reading mostly comes from the page cache, and is verified again.
+The files are read twice, so that nothing is changed on any rank before everything is known to be intact on all, in the
+memory of one box; the second reading mostly comes from the page cache, and is verified again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,66 +14,102 @@ from typing import Any, BinaryIO
 
 import torch
 import xxhash
+from torch.distributed import ProcessGroup
 
-from megalm.checkpoint.manifest import Box, CheckpointManifest, DamagedCheckpoint, Region, TensorRecord, read_manifest
-from megalm.checkpoint.writer import dtype_name
+from megalm.checkpoint.manifest import (
+    MANIFEST,
+    Box,
+    CheckpointManifest,
+    DamagedCheckpoint,
+    Region,
+    complete,
+    read_manifest,
+)
+from megalm.checkpoint.ranks import together
+from megalm.checkpoint.shard import Shard
 from megalm.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one box gives to one target: the elements of `common`."""
+    """What one box gives to one shard: the elements of `common`."""
 
-    name: str
+    shard: Shard
     box: Box
     bytes: int
     common: Region
 
 
-def load(directory: Path, into: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
-    """Copies the checkpoint's tensors into those of the same name, in place, and returns its state.
+def load(
+    directory: Path,
+    into: Sequence[Shard],
+    prefix: str = "",
+    group: ProcessGroup | None = None,
+    accept: Callable[[dict[str, Any]], None] = lambda state: None,
+) -> dict[str, Any]:
+    """Fills the shards of all ranks of `group` from a checkpoint of any layout, in place, and returns its state.
 
-    `into` must have exactly the checkpoint's tensors whose names begin with `prefix` ("model." leaves the optimizer's
-    unread), with the same shapes and dtypes: else UserError. Raises DamagedCheckpoint, with nothing changed, if a byte
-    of what is needed is not what was saved.
+    Together they must name exactly the checkpoint's tensors whose names begin with `prefix` ("model." leaves the
+    optimizer's unread), with the same shapes and dtypes: else UserError. `accept` may refuse the state before any
+    tensor is read. Raises DamagedCheckpoint, with nothing changed, if a byte of what any rank needs is not what was
+    saved; whatever is raised is raised on all ranks. A rank reads the boxes that its shards touch, no others.
     """
-    manifest = read_manifest(directory)
-    _compare(directory, manifest, into, prefix)
-    whole = {name: manifest.tensors[name].region for name in into}
-    pieces = [piece for name, region in whole.items() for piece in _pieces(name, manifest.tensors[name], region)]
-    pieces.sort(key=lambda piece: (piece.box.file, piece.box.start))
-    for _ in _read(directory, manifest, pieces):
-        pass
-    with torch.no_grad():
-        for piece, data in _read(directory, manifest, pieces):
-            target = into[piece.name]
-            source = data.view(target.dtype).reshape(piece.box.size)
-            target[piece.common.within(whole[piece.name])].copy_(source[piece.common.within(piece.box.region)])
-    return manifest.state
+    found: tuple[CheckpointManifest, list[Piece]]
+
+    def find() -> list[Any]:
+        nonlocal found
+        manifest = read_manifest(directory)
+        accept(manifest.state)
+        names = {name for name in manifest.tensors if name.startswith(prefix)}
+        pieces = [piece for shard in into for piece in _pieces(directory, manifest, names, shard)]
+        found = manifest, sorted(pieces, key=lambda piece: (piece.box.file, piece.box.start))
+        return [manifest.checksum, sorted({shard.name for shard in into})]
+
+    def compare(ranks: list[list[Any]]) -> None:
+        manifest = found[0]
+        if any(checksum != manifest.checksum for checksum, _ in ranks):
+            raise DamagedCheckpoint(f"{directory / MANIFEST}: two ranks read different ones")
+        used = {name for _, names in ranks for name in names}
+        for name in sorted(manifest.tensors):
+            if name.startswith(prefix) and name not in used:
+                hint = nearest(name, used)
+                raise UserError(f"{directory}: has a tensor '{name}', for which this run has no use.{hint}")
+
+    def verify() -> None:
+        for _ in _read(directory, *found):
+            pass
+
+    def fill() -> None:
+        for piece, data in _read(directory, *found):
+            source = data.view(piece.shard.tensor.dtype).reshape(piece.box.size)
+            target = piece.shard.data[piece.common.within(piece.shard.region)]
+            target.copy_(source[piece.common.within(piece.box.region)])
+
+    together(group, find, compare)
+    together(group, verify)
+    together(group, fill)
+    return found[0].state
 
 
-def _compare(directory: Path, manifest: CheckpointManifest, into: Mapping[str, torch.Tensor], prefix: str) -> None:
-    there = {name for name in manifest.tensors if name.startswith(prefix)}
-    for name in into:
-        if name not in there:
-            raise UserError(f"{directory}: has no tensor '{name}', which this run needs.{nearest(name, there)}")
-    for name in sorted(there):
-        if name not in into:
-            raise UserError(f"{directory}: has a tensor '{name}', for which this run has no use.{nearest(name, into)}")
-    for name, target in into.items():
-        tensor = manifest.tensors[name]
-        ours = f"{dtype_name(target)} {list(target.shape)}"
-        theirs = f"{tensor.dtype} {list(tensor.shape)}"
-        if ours != theirs:
-            raise UserError(f"{directory}: tensor '{name}' is {theirs}, but this run's is {ours}")
+def candidates(root: Path, group: ProcessGroup | None = None) -> Iterator[Path]:
+    """What rank 0 finds `complete`, newest first, on all ranks of `group`, which must ask for the next one together."""
+    found = complete(root)
+    while name := together(group, judge=lambda ranks: next((path.name for path in found), None)):
+        yield root / name
 
 
-def _pieces(name: str, tensor: TensorRecord, target: Region) -> list[Piece]:
-    """What `target`, a region of the tensor, takes from each of the tensor's boxes: all of its elements, each once."""
-    found = [(box, box.region.intersection(target)) for box in tensor.boxes]
-    pieces = [Piece(name, box, tensor.bytes_of(box), common) for box, common in found if common]
+def _pieces(directory: Path, manifest: CheckpointManifest, names: set[str], shard: Shard) -> list[Piece]:
+    """What a shard takes from each of its tensor's boxes: all of its elements, each once."""
+    if shard.name not in names:
+        raise UserError(f"{directory}: has no tensor '{shard.name}', which this run needs.{nearest(shard.name, names)}")
+    tensor = manifest.tensors[shard.name]
+    ours, theirs = f"{shard.dtype} {list(shard.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
+    if ours != theirs:
+        raise UserError(f"{directory}: tensor '{shard.name}' is {theirs}, but this run's is {ours}")
+    found = [(box, box.region.intersection(shard.region)) for box in tensor.boxes]
+    pieces = [Piece(shard, box, tensor.bytes_of(box), common) for box, common in found if common]
     covered = sum(piece.common.volume for piece in pieces)
-    assert covered == target.volume, f"{name}: {covered} of {target.volume} elements covered"
+    assert covered == shard.region.volume, f"{shard.name}: {covered} of {shard.region.volume} elements covered"
     return pieces
 
 
@@ -88,7 +124,7 @@ def _read(directory: Path, manifest: CheckpointManifest, pieces: list[Piece]) ->
                 _fill(file, 0, header, record.checksum, f"{path}: the header")
                 for piece in of_file:
                     data = buffer[: piece.bytes]
-                    _fill(file, piece.box.start, data, piece.box.checksum, f"{path}: tensor '{piece.name}'")
+                    _fill(file, piece.box.start, data, piece.box.checksum, f"{path}: tensor '{piece.shard.name}'")
                     yield piece, data
         except OSError as error:
             raise DamagedCheckpoint(f"{path}: {error.strerror}") from error

@@ -1,12 +1,14 @@
 """Saving a checkpoint, so that a kill or a full disk at any moment leaves every earlier one as it was.
 
-    lock ROOT -> sweep what dead runs left -> write .step-N.tmp-<uuid>/ -> fsync -> rename to step-N -> fsync ROOT
-              -> rename those beyond the last k out of sight -> fsync ROOT -> delete them
+    rank 0      lock ROOT, sweep what dead runs left, make .step-N.tmp-<uuid>/
+    all ranks   write a file each, fsync it
+    rank 0      write the manifest, fsync, rename to step-N, fsync ROOT
+                rename those beyond the last k out of sight, fsync ROOT, delete them
 
 Who is alive is told by the lock: whoever saves holds it, the kernel drops it when its holder dies, so whatever is
 unfinished in ROOT when the lock is taken belongs to nobody.
 
-The tensors' file is written by hand, since the safetensors library gives neither the bytes' positions nor a moment
+A tensors' file is written by hand, since the safetensors library gives neither the bytes' positions nor a moment
 between having them and writing them. Format (https://github.com/huggingface/safetensors#format): header length as 8
 little-endian bytes, JSON header, raw little-endian bytes.
 """
@@ -14,80 +16,104 @@ little-endian bytes, JSON header, raw little-endian bytes.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
 import xxhash
+from torch.distributed import ProcessGroup
 
-from megalm.checkpoint.manifest import (
-    DTYPES,
-    HIDDEN,
-    MANIFEST,
-    VISIBLE,
-    Box,
-    CheckpointManifest,
-    FileRecord,
-    TensorRecord,
-    complete,
-)
+from megalm.checkpoint.manifest import DTYPES, HIDDEN, MANIFEST, VISIBLE, CheckpointManifest, complete
+from megalm.checkpoint.ranks import rank_in, together
+from megalm.checkpoint.shard import BOX_BYTES, Shard, cut
 from megalm.errors import UserError
 from megalm.files import sync_directory, write_atomic
+from megalm.locks import Lock, NoLocks, lock
 
 
-def save(root: Path, step: int, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], keep: int) -> Path:
+def save(
+    root: Path,
+    step: int,
+    shards: Sequence[Shard],
+    state: dict[str, Any],
+    keep: int,
+    group: ProcessGroup | None = None,
+) -> Path:
     """Writes `root`/step-NNNNNNNN, replacing one of the same step, and keeps the `keep` newest up to `step`.
 
-    `state` is JSON: its floats come back exactly. Memory: one tensor, if it is not a contiguous one on the CPU.
-    Raises UserError if it cannot be written; then nothing of it is left, and what was there before is intact.
+    All ranks of `group` call it together with what each holds, which must make up every tensor; `root` is on a file
+    system that they share. `state` is rank 0's, and JSON: its floats come back exactly. Memory: one box, if it is not
+    contiguous on the CPU. Raises UserError, on all ranks, if any of them cannot write; then nothing of it is left, and
+    what was there before is intact.
     """
     target = root / f"step-{step:08d}"
-    needed = sum(tensor.nbytes for tensor in tensors.values())
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root) as alone:
-            intact = [int(match[1]) for path in complete(root) if (match := VISIBLE.fullmatch(path.name))]
-            if alone:
-                _sweep(root, max(intact, default=-1))
-            if (free := shutil.disk_usage(root).free) < needed * 1.05:
-                raise OSError(errno.ENOSPC, f"only {free} bytes are free")
-            temporary = _hidden(target, "tmp")
-            try:
+    mine = [shard for shard in shards if shard.primary and (shard.region.volume or not prod(shard.shape))]
+    intact: list[int] = []
+    with ExitStack() as stack:  # of rank 0 alone
+
+        def begin(sizes: list[int]) -> list[Any]:
+            nonlocal intact
+            with _told(target, needed := sum(sizes)):
+                root.mkdir(parents=True, exist_ok=True)
+                held = _lock(root)
+                stack.enter_context(held or nullcontext())
+                intact = [int(match[1]) for path in complete(root) if (match := VISIBLE.fullmatch(path.name))]
+                if held:
+                    _sweep(root, max(intact, default=-1))
+                if (free := shutil.disk_usage(root).free) < needed * 1.05:
+                    raise OSError(errno.ENOSPC, f"only {free} bytes are free")
+                temporary = _hidden(target, "tmp")
                 temporary.mkdir()
-                _write(temporary, step, tensors, state)
+                stack.push(lambda kind, *_: shutil.rmtree(temporary, ignore_errors=True) if kind else None)
+                return [temporary.name, needed]
+
+        def write() -> dict[str, Any]:
+            file = f"rank-{rank_in(group):05d}.safetensors"
+            with _told(target, needed, file):
+                return write_shards(temporary / file, mine) if mine else {}
+
+        def finish(written: list[dict[str, Any]]) -> None:
+            with _told(target, needed):
+                write_atomic(temporary / MANIFEST, _manifest(step, state, written).to_bytes())
                 _commit(temporary, target)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            kept = sorted((other for other in {*intact, step} if other <= step), reverse=True)[:keep]
-            if len(kept) == keep:
-                _retire(root, kept[-1])
-    except OSError as error:
-        raise UserError(
-            f"{target}: cannot write a checkpoint of {needed} bytes: {error.strerror}; earlier ones are intact"
-        ) from error
+                kept = sorted((other for other in {*intact, step} if other <= step), reverse=True)[:keep]
+                if len(kept) == keep:
+                    _retire(root, kept[-1])
+
+        name, needed = together(group, lambda: sum(shard.data.nbytes for shard in mine), begin)
+        temporary = root / name
+        together(group, write, finish)
     return target
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[bool]:
-    """Holds `root`'s lock; yields False on a file system without locks, where nobody can tell who is alive."""
-    with (root / ".lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{root}: another process is saving there: give each run its own run.dir") from None
-        except OSError:
-            yield False
-        else:
-            yield True
+def _told(target: Path, needed: int, file: str = "") -> Iterator[None]:
+    """Says what could not be written where, to the user."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{target}: cannot write a checkpoint of {needed} bytes: {file and f'{file}: '}{error.strerror}"
+        hint = " (do all ranks see the same file system?)" if file and error.errno == errno.ENOENT else ""
+        raise UserError(f"{what}{hint}; earlier ones are intact") from error
+
+
+def _lock(root: Path) -> Lock | None:
+    """The lock of `root`; None on a file system without locks, where nobody can tell who is alive."""
+    try:
+        held = lock(root / ".lock", wait=False)
+    except NoLocks:
+        return None
+    if held is None:
+        raise UserError(f"{root}: another process is saving there: give each run its own run.dir")
+    return held
 
 
 def _hidden(directory: Path, kind: str) -> Path:
@@ -101,50 +127,53 @@ def _sweep(root: Path, newest: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write(directory: Path, step: int, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
-    file = "rank-00000.safetensors"
-    file_record, places = write_shard(directory / file, tensors)
-    records = {}
-    for name, tensor in sorted(tensors.items()):
-        start, checksum = places[name]
-        shape = tuple(tensor.shape)
-        box = Box(offset=(0,) * len(shape), size=shape, file=file, start=start, checksum=checksum)
-        records[name] = TensorRecord(shape=shape, dtype=dtype_name(tensor), boxes=(box,))
-    manifest = CheckpointManifest(step=step, state=state, files={file: file_record}, tensors=records)
-    write_atomic(directory / MANIFEST, manifest.to_bytes())
-
-
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[FileRecord, dict[str, tuple[int, str]]]:
-    """Writes and syncs one safetensors file; gives its record, and where each tensor's bytes start and their checksum.
+def write_shards(path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
+    """Writes and syncs one safetensors file; gives its record, and the name, shape, dtype and box of all it holds.
 
     Wide elements come first, so that each tensor is aligned to its own.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    shards = sorted(shards, key=lambda shard: (-shard.tensor.element_size(), shard.name, shard.offset))
     layout: dict[str, Any] = {}
     end = 0
-    for name in names:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        code = DTYPES[dtype_name(tensor)][0]
-        layout[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for shard in shards:
+        begin, end = end, end + shard.data.nbytes
+        key = shard.name if shard.name not in layout else f"{shard.name}@{shard.offset}"
+        entry = {"dtype": DTYPES[shard.dtype][0], "shape": list(shard.size), "data_offsets": [begin, end]}
+        assert layout.setdefault(key, entry) is entry, f"{key} is held twice"
     text = json.dumps(layout, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    places = {}
+    parts = []
     with path.open("xb") as file:
         file.write(header)
-        for name in names:
-            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            places[name] = (len(header) + layout[name]["data_offsets"][0], xxhash.xxh3_128_hexdigest(data))
-            file.write(data)
+        for shard in shards:
+            for region in cut(shard.region, BOX_BYTES // shard.tensor.element_size()):
+                piece = shard.data[region.within(shard.region)].cpu().contiguous()
+                flat = piece.as_strided((piece.numel(),), (1,))  # one element is contiguous whatever its stride
+                data = flat.view(torch.uint8).numpy().data
+                place = {"file": path.name, "start": file.tell(), "checksum": xxhash.xxh3_128_hexdigest(data)}
+                parts.append([shard.name, shard.shape, shard.dtype, asdict(region) | place])
+                file.write(data)
         file.flush()
         os.fsync(file.fileno())
     checksum = xxhash.xxh3_128_hexdigest(header)
-    return FileRecord(size=len(header) + end, header=len(header), checksum=checksum), places
+    record = {"size": len(header) + end, "header": len(header), "checksum": checksum}
+    return {"files": {path.name: record}, "parts": parts}
 
 
-def dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _manifest(step: int, state: dict[str, Any], written: list[dict[str, Any]]) -> CheckpointManifest:
+    """Of what all ranks wrote. Raises ValueError if that does not make up whole tensors."""
+    tensors: dict[str, dict[str, Any]] = {}
+    files = {}
+    for rank in written:
+        files.update(rank.get("files", {}))
+        for name, shape, dtype, box in rank.get("parts", ()):
+            tensor = tensors.setdefault(name, {"shape": shape, "dtype": dtype, "boxes": []})
+            if (shape, dtype) != (tensor["shape"], tensor["dtype"]):
+                raise ValueError(f"tensor '{name}': {dtype} {shape} on one rank, {tensor} on another")
+            tensor["boxes"].append(box)
+    records = {name: tensors[name] for name in sorted(tensors)}
+    return CheckpointManifest.model_validate({"step": step, "state": state, "files": files, "tensors": records})
 
 
 def _commit(temporary: Path, target: Path) -> None:

@@ -3,7 +3,7 @@
 Each subcommand is a thin module here and imports its implementation inside the function, so that `megalm --help` and
 mistakes answer at once. `main` is the one place where a user's mistake becomes a line on stderr and an exit code:
 
-    0  done        2  the user can mend it: `megalm: error: ...`        130  interrupted
+    0  done        2  the user can mend it: `megalm: error: ...`        130  interrupted        1  anything else
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Annotated
 import typer
 
 import megalm
-from megalm.cli import config, curate, data, evaluate, generate, inspect, merge, tokenizer, trace, train
-from megalm.errors import UserError
+from megalm.cli import config, curate, data, evaluate, generate, inspect, merge, plan, tokenizer, trace, train
+from megalm.errors import RunFailed, UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -36,6 +36,7 @@ data.app.command("filter")(curate.filter_)
 data.app.command("merge")(merge.merge)
 data.app.command("trace")(trace.trace)
 app.add_typer(data.app, name="data")
+app.add_typer(plan.app, name="plan")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
@@ -81,6 +82,8 @@ def exit_code(command: Callable[[], object]) -> int:
         return code if isinstance(code, int) else 0
     except UserError as error:
         return fail(str(error))
+    except RunFailed as error:
+        return fail(str(error), error.code) if str(error) else error.code
     except typer.TyperException as error:
         return _usage(error)
     except (typer.Abort, KeyboardInterrupt):
@@ -99,10 +102,10 @@ def exit_code(command: Callable[[], object]) -> int:
         return fail(f"{error.filename}: {reason}" if error.filename else reason)
 
 
-def fail(message: str) -> int:
+def fail(message: str, code: int = 2) -> int:
     """Says a mistake in one line on stderr; returns its exit code."""
     print("megalm: error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
-    return 2
+    return code
 
 
 def _usage(error: typer.TyperException) -> int:

@@ -34,8 +34,8 @@ def dedup(
     """Remove documents that repeat an earlier one, word for word or nearly."""
     from megalm.cli import show
     from megalm.cli.data import num_cpus
+    from megalm.data.counts import SkipLimit
     from megalm.data.curation.dedup import dedup
-    from megalm.data.prepare import SkipLimit
 
     watch = show.Stopwatch()
     with show.progress("Reading") as update:
@@ -104,9 +104,9 @@ def filter_(
     """Remove documents by language, length, quality, repetition, or overlap with evaluation data."""
     from megalm.cli import show
     from megalm.cli.data import num_cpus
+    from megalm.data.counts import SkipLimit
     from megalm.data.curation.filters import filter_documents
     from megalm.data.curation.rules import load_rules
-    from megalm.data.prepare import SkipLimit
 
     lengths = {
         "min_characters": min_characters,

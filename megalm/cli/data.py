@@ -76,7 +76,8 @@ def prepare(
     was interrupted or failed, does what is missing. If that is not wanted, delete .DIR.work.
     """
     from megalm.cli import show
-    from megalm.data.prepare import Progress, Settings, SkipLimit, prepare
+    from megalm.data.counts import SkipLimit
+    from megalm.data.prepare import Progress, Settings, prepare
     from megalm.data.share import find_share
 
     watch = show.Stopwatch()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from math import isqrt
+from math import isqrt, log
 
 from megalm.config import deepspeed
 from megalm.config.explain import choices
-from megalm.config.sections import Batch, Config, Data, Model, Parallel, Pipeline, Schedule, Stage
+from megalm.config.sections import Batch, Config, Data, Model, Parallel, Pipeline, Schedule, Stage, Zero
 from megalm.errors import nearest
 
 CHUNKS = {"gpipe": (1,), "1f1b": (1,), "zb-h1": (1,), "zbv": (2,), "dualpipev": (2,)}
@@ -39,6 +39,11 @@ def pipeline_chunks(pipeline: Pipeline) -> int:
     if pipeline.chunks is not None or pipeline.size == 1:
         return pipeline.chunks or 1
     return CHUNKS.get(pipeline.schedule, (1 if pipeline.schedule == "auto" else 2,))[0]
+
+
+def split_layers(split: str) -> list[int]:
+    """`5,6,6,5` as numbers."""
+    return [int(layers) for layers in split.split(",")]
 
 
 def batch_sizes(batch: Batch) -> Iterator[tuple[str, int]]:
@@ -148,9 +153,11 @@ def _ramp(batch: Batch) -> Iterator[str]:
 def _layout(config: Config, processes: int) -> Iterator[str]:
     parallel, model, batch = config.parallel, config.model, config.batch
     tensor, stages, chunks = parallel.tensor, parallel.pipeline.size, pipeline_chunks(parallel.pipeline)
-    yield from _processes(parallel, processes)
+    yield from _processes(config, processes)
     yield from _must_divide("parallel.tensor", tensor, "model.num_heads", model.num_heads)
     yield from _must_divide("parallel.tensor", tensor, "model.ffn_size", model.ffn_size)
+    if model.vocab_size is not None and model.vocab_size < tensor:
+        yield f"parallel.tensor={tensor} is more than model.vocab_size={model.vocab_size}: choose less"
     keys = model.num_kv_heads or model.num_heads
     if keys % tensor and tensor % keys:
         yield (
@@ -169,8 +176,21 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
     if stages * chunks > model.num_layers:
         product = f"parallel.pipeline.size={stages}" + (f" * parallel.pipeline.chunks={chunks}" if chunks > 1 else "")
         yield f"{product} is more than model.num_layers={model.num_layers}: every chunk needs a layer, choose less"
+    if (split := parallel.pipeline.split) is not None:
+        layers = split_layers(split)
+        if len(layers) != stages * chunks:
+            yield (
+                f"parallel.pipeline.split='{split}' has {len(layers)} numbers for {stages * chunks} stages: give each "
+                "stage one"
+            )
+        elif sum(layers) != model.num_layers:
+            yield (
+                f"parallel.pipeline.split='{split}' has {sum(layers)} layers, and model.num_layers={model.num_layers}: "
+                "share out all of them"
+            )
 
     data = max(data_ranks(parallel, processes), 1)
+    yield from _offload(parallel.zero, data)
     yield from _must_divide("parallel.zero.shard", parallel.zero.shard or data, "the data ranks", data)
     yield from deepspeed.broken_rules(config, data)
     for key, size in batch_sizes(batch):
@@ -183,18 +203,51 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
             break
 
 
-def _processes(parallel: Parallel, processes: int) -> Iterator[str]:
+def _offload(zero: Zero, data: int) -> Iterator[str]:
+    if zero.engine == "fsdp" and zero.offload == "cpu" and data == 1:
+        yield (
+            "parallel.zero.offload=cpu needs at least 2 data ranks with parallel.zero.engine=fsdp: "
+            "set parallel.zero.engine=deepspeed, or offload=none"
+        )
+
+
+def _processes(config: Config, processes: int) -> Iterator[str]:
+    parallel = config.parallel
     factors = {"parallel.tensor": parallel.tensor, "parallel.pipeline.size": parallel.pipeline.size}
     if parallel.data != "auto":
         factors["parallel.data"] = parallel.data
     named = " * ".join(f"{key}={size}" for key, size in factors.items() if size > 1) or "parallel.data=1"
-    need = fewest_processes(parallel)
+    need, fits = fewest_processes(parallel), _fitting(config, processes)
     if processes < need:
-        yield f"{named} needs at least {need} processes, this run has {processes}: start {need}, or choose less"
+        yield f"{named} needs at least {need} processes, this run has {processes}: start {need}, or choose {fits}"
     elif parallel.data == "auto" and processes % need:
-        yield f"{named} does not divide this run's {processes} processes: start a multiple of {need}"
+        yield (
+            f"{named} does not divide this run's {processes} processes: start a multiple of {need}, or choose {fits}"
+        )
     elif parallel.data != "auto" and processes != need:
-        yield f"{named} makes {need} processes, this run has {processes}: set parallel.data=auto to use all of them"
+        yield f"{named} makes {need} processes, this run has {processes}: start {need}, or choose {fits}"
+
+
+def _fitting(config: Config, processes: int) -> str:
+    """The layouts of this many processes that the model and the batch allow and that are nearest to the given one."""
+    parallel, model = config.parallel, config.model
+    keys = model.num_kv_heads or model.num_heads
+    wanted = parallel.tensor, parallel.pipeline.size, None if parallel.data == "auto" else parallel.data
+    found = []
+    for tensor in _all_divisors(processes):
+        if model.num_heads % tensor or model.ffn_size % tensor or (keys % tensor and tensor % keys):
+            continue
+        if parallel.sequence_sharding and config.data.sequence_length % tensor:
+            continue
+        for pipeline in _all_divisors(processes // tensor):
+            data = processes // tensor // pipeline
+            chunks = pipeline_chunks(parallel.pipeline) if pipeline > 1 else 1
+            if pipeline * chunks <= model.num_layers and all(size % data == 0 for _, size in batch_sizes(config.batch)):
+                layout = tensor, pipeline, data
+                distance = sum(abs(log(size / want)) for size, want in zip(layout, wanted, strict=True) if want)
+                found.append((distance, layout))
+    layouts = [f"tensor={t}, pipeline.size={p}, data={d}" for _, (t, p, d) in sorted(found)[:3]]
+    return "; or ".join(layouts) or f"another number: no layout of {processes} fits the model and the batch"
 
 
 def _must_divide(key: str, value: int, of: str, number: int, mend: str = "") -> Iterator[str]:
@@ -204,8 +257,12 @@ def _must_divide(key: str, value: int, of: str, number: int, mend: str = "") -> 
 
 def _divisors(number: int, value: int) -> list[str]:
     """The divisors of `number`; if they are many, those around `value`."""
-    small = [d for d in range(1, min(isqrt(number), 1_000_000) + 1) if number % d == 0]
-    divisors = sorted({*small, *(number // d for d in small)})
+    divisors = _all_divisors(number)
     if len(divisors) > 10:
         divisors = [d for d in divisors if d < value][-2:] + [d for d in divisors if d > value][:2]
     return [str(d) for d in divisors]
+
+
+def _all_divisors(number: int) -> list[int]:
+    small = [d for d in range(1, min(isqrt(number), 1_000_000) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

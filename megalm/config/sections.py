@@ -214,8 +214,9 @@ class Pipeline(Section):
     """Order of forward and backward passes over the stages; with one stage all are the same."""
     chunks: int | None = Field(default=None, gt=0)
     """Stages a rank; derived: 1, or 2 for the schedules that need several."""
-    split: str | None = None
-    """Layers of each stage, such as `5,6,6,5`; derived: such that the slowest stage is fastest."""
+    split: str | None = Field(default=None, pattern=r"^[1-9][0-9]*(,[1-9][0-9]*)*$")
+    """Layers of each stage, in the order of the layers, such as `5,6,6,5`; derived: such that the slowest stage is
+    fastest."""
 
 
 class Zero(Section):
@@ -247,14 +248,19 @@ class Parallel(Section):
 
 
 class Optimizer(Section):
-    kind: Literal["adamw"] = "adamw"
-    """AdamW (arXiv 1711.05101), fused where the device has it."""
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW (arXiv 1711.05101), fused where the device has it; or Muon, whose momentum is made orthogonal, for the
+    blocks' matrices, with AdamW for all else and AdamW's learning rate (arXiv 2502.16982)."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     betas: Annotated[tuple[DecayRate, DecayRate], Field(strict=False)] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
+    momentum: DecayRate = 0.95
+    """Decay rate of Muon's momentum (`muon` only)."""
+    nesterov: bool = True
+    """Whether Muon looks one step ahead along its momentum (`muon` only)."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay; not applied to norms, biases and embeddings."""
     clip_norm: float | None = Field(default=1.0, gt=0)
@@ -301,8 +307,13 @@ class Evaluate(Section):
 class Log(Section):
     every: int = Field(default=1, gt=0)
     """Steps between lines in `metrics.jsonl` and the terminal."""
+    zeros: bool = False
+    """Report the share of the gradient's entries that are zero, too."""
     tensorboard: bool = True
     """Write TensorBoard events, too."""
+    timeline: bool = False
+    """Record when each action of the run's second step ran, on all pipeline ranks, in `timeline.json`, for `megalm plan
+    schedule --from-run`."""
 
 
 class Config(Section):

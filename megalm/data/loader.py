@@ -22,7 +22,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -181,16 +181,23 @@ class Loader:
         finally:
             threads.shutdown(wait=True, cancel_futures=True)
 
-    def validation(self, micro_size: int) -> Iterator[tuple[str, Iterator[MicroBatch]]]:
-        """Each source's name and its held-out samples in the order of the text, `micro_size` at a time."""
+    def validation(self, micro_size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[str, Iterator[MicroBatch]]]:
+        """Each source's name and its held-out samples in the order of the text, `micro_size` at a time: the r-th of
+        `ranks` shares. All have as many micro-batches; where samples run out, some hold one that does not count."""
         for number, source in enumerate(self._sources):
-            yield source.name, self._held_out(number, micro_size)
+            yield source.name, self._held_out(number, micro_size, rank, ranks)
 
-    def _held_out(self, number: int, micro_size: int) -> Iterator[MicroBatch]:
+    def _held_out(self, number: int, micro_size: int, rank: int, ranks: int) -> Iterator[MicroBatch]:
         split = self._splits[number]
-        first, count = split.held_out_start, split.held_out
+        share = -(-split.held_out // ranks)
+        first = min(rank * share, split.held_out)
+        count = min(share, split.held_out - first)
         settings = (self._length, micro_size, self._eod, self._document_attention)
-        return windows(self._sources[number], number, first, count, *settings)
+        start = split.held_out_start + first * self._length
+        yield from windows(self._sources[number], number, start, count, *settings)
+        for _ in range(-(-count // micro_size), -(-share // micro_size)):
+            [one] = windows(self._sources[number], number, split.held_out_start, 1, *settings)
+            yield replace(one, loss_mask_T=np.zeros_like(one.loss_mask_T))
 
     def _global_batch(
         self, first: int, sizes: Sequence[int], rank: int, ranks: int, finish: Callable[[MicroBatch], MicroBatch] | None

@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from megalm.data.counts import Counts, reasons, total
+from megalm.data.counts import Counts, SkipLimit, refuse_empty, total
 from megalm.data.engine import choose_engine, open_engine
 from megalm.data.indexed import token_dtype
-from megalm.data.locks import lock
 from megalm.data.manifest import NAME, Manifest, TokenizerRecord
 from megalm.data.shards import EXAMPLES, Job, UnitResult, write_shard
 from megalm.data.share import Share
@@ -37,6 +36,7 @@ from megalm.data.work import PREPARATION, WorkDirectory, files_of
 from megalm.data.workers import run_in_workers
 from megalm.errors import UserError
 from megalm.files import write_atomic
+from megalm.locks import lock
 
 VERSION = 2  # of what a unit is made to; raise it when the same inputs and settings give other shards
 PROBE_BYTES = 1 << 18  # of the first documents, on which engines are compared
@@ -52,30 +52,6 @@ class Progress(NamedTuple):
     total: int
     tokens: int
     done_before: int
-
-
-@dataclass(frozen=True)
-class SkipLimit:
-    """How many faulty records may be left out: `share` of all records, and at least `count`."""
-
-    share: float = 0.01
-    count: int = 10
-
-    @classmethod
-    def parse(cls, text: str) -> SkipLimit:
-        """`100` is a count, `1%` and `0.01` are shares of the records."""
-        try:
-            if text.isdecimal():
-                return cls(0.0, int(text))
-            share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-        except ValueError:
-            share = -1.0
-        if not 0 <= share <= 1:
-            raise UserError(f"--max-skipped {text}: neither a count, as in 100, nor a share, as in 1% or 0.01")
-        return cls(share, 0)
-
-    def allows(self, faulty: int, records: int) -> bool:
-        return faulty <= max(self.count, self.share * records)
 
 
 @dataclass(frozen=True)
@@ -344,22 +320,11 @@ class _Tally:
         self.results[number] = result
         self._whole.add(total(result.counts.values()))
         if self._limit.share == 0:
-            self._check_limit()
+            self._limit.check(self._whole, self.examples)
 
     def check(self) -> None:
-        self._check_limit()
-        if not any(result.shard for result in self.results.values()):
-            skipped = self._whole.skipped
-            reason = f" ({reasons(skipped)})" if skipped else ""
-            raise UserError(f"--input: the corpus is empty: no document in it has a text{reason}")
-
-    def _check_limit(self) -> None:
-        faulty = self._whole.faulty
-        if not self._limit.allows(faulty.total(), self._whole.records):
-            raise UserError(
-                f"--input: {faulty.total()} of {self._whole.records} records are faulty ({reasons(faulty)}; first "
-                f"{self.examples()[0]}), more than --max-skipped allows: mend them, or raise it"
-            )
+        self._limit.check(self._whole, self.examples)
+        refuse_empty(self._whole, sum(result.shard is not None for result in self.results.values()))
 
     def manifest(self, tokenizer: TokenizerRecord, dtype: str) -> Manifest:
         shards = tuple(result.shard for result in self._in_order() if result.shard)

@@ -26,12 +26,12 @@ from typing import Any
 
 from megalm.data.directory import check_output, exit_on_sigterm, make_parents, put_in_place, recover, remove_empty
 from megalm.data.indexed import open_shard
-from megalm.data.locks import Lock, lock
 from megalm.data.manifest import Manifest
 from megalm.data.shards import UnitResult
 from megalm.data.share import Share
 from megalm.errors import UserError
 from megalm.files import sync_directory, write_atomic
+from megalm.locks import Lock, lock
 
 PREPARATION = "preparation.json"
 OWNED = re.compile(r"manifest\.json|preparation\.json|shard-\d+\.(bin|idx)")

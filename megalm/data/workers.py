@@ -16,6 +16,7 @@ import signal
 import traceback
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple, TypeVar
@@ -42,7 +43,7 @@ def run_in_workers(
     make: Callable[[], Callable[[Task, Report], Result]],
     tasks: Iterable[tuple[int, Task]],
     workers: int,
-    on_progress: Report,
+    on_progress: Report = lambda *values: None,
     *,
     ahead: int | None = None,
     what: str = "a worker process",
@@ -107,7 +108,7 @@ def map_in_order(
         return
     done: dict[int, Result] = {}
     wanted = 0
-    results = run_in_workers(_Quiet(make), enumerate(tasks), workers, _no_report, ahead=AHEAD * workers)
+    results = run_in_workers(partial(_silent, make), enumerate(tasks), workers, ahead=AHEAD * workers)
     with closing(results):
         for number, result in results:
             done[number] = result
@@ -116,19 +117,10 @@ def map_in_order(
                 wanted += 1
 
 
-def _no_report(*_: Any) -> None:
-    pass
-
-
-class _Quiet:
+def _silent(make: Callable[[], Callable[[Any], Any]]) -> Callable[[Any, Report], Any]:
     """Makes a function of a task alone into one that is told how to report, and does not."""
-
-    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
-        self._make = make
-
-    def __call__(self) -> Callable[[Any, Report], Any]:
-        do = self._make()
-        return lambda task, report: do(task)
+    do = make()
+    return lambda task, report: do(task)
 
 
 class _watching:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from megalm.config.sections import Model, known
+from megalm.parallel.pipeline.partition import Piece
 
 
 def parameter_count(model: Model, vocab_size: int) -> int:
@@ -37,6 +38,18 @@ def matrix_parameters(config: Model) -> int:
     return config.num_layers * (attention + feed_forward) + known(config.vocab_size) * config.hidden_size
 
 
+def pipeline_pieces(config: Model, sequence_length: int, recompute: str = "none") -> tuple[Piece, ...]:
+    """What embedding, each block and the head cost a token, in operations; documents that fill their sequence. What is
+    kept of a block is the unit of activations."""
+    head = 2 * known(config.vocab_size) * config.hidden_size
+    block = 2 * matrix_parameters(config) // config.num_layers - head // config.num_layers
+    pairs = seen_pairs((0, sequence_length), config.sliding_window) / sequence_length
+    attention = 4 * config.num_heads * known(config.head_dim) * pairs
+    again = {"none": 0.0, "selective": 0.0, "full": block + attention}[recompute]
+    layer = Piece(block + attention, block + 2 * attention + again, block, activation=1)
+    return (Piece(0, 0, 0), *[layer] * config.num_layers, Piece(head, head, head))
+
+
 def seen_pairs(segments: Sequence[int], window: int | None) -> int:
     """Number of (query, key) pairs of causal attention inside segments with cumulative ends `[0, ..., T]`."""
     pairs = 0
@@ -52,3 +65,34 @@ def training_flops(config: Model, tokens: int, pairs: int) -> int:
     """Operations of the forward and backward pass over `tokens` tokens with `pairs` seen (query, key) pairs."""
     attention = 12 * config.num_layers * config.num_heads * known(config.head_dim) * pairs
     return 6 * matrix_parameters(config) * tokens + attention
+
+
+def tensor_bytes(
+    config: Model,
+    tokens: int,
+    size: int,
+    itemsize: int,
+    *,
+    sequence: bool,
+    recompute: str = "none",
+    layers: int | None = None,
+    embeds: bool = True,
+    predicts: bool = True,
+) -> int:
+    """Bytes that each of `size` tensor ranks sends, in rings, for a micro-batch of `tokens` tokens, forward and
+    backward, with activations of `itemsize` bytes; of the whole model, or of a stage.
+
+    A gather or a scattered sum of activations sends a share (size - 1) / size of tokens * hidden_size elements; a whole
+    sum twice that. In these shares, with sequence sharding and without:
+
+        block, forward        4, 4        two gathers and two scattered sums, or two whole sums
+        block, backward       6, 4        gathers of the inputs again, scattered sums, gathers of the outputs' gradients
+        again, recomputed     4, 4 (full)   2, 0 (selective: sums are kept)
+        embedding, head       2, 2        each, forward and backward together
+
+    The loss sends two float32 numbers a token to each other rank, three with label smoothing.
+    """
+    shares = {"none": 0, "selective": 2 if sequence else 0, "full": 4}[recompute] + (10 if sequence else 8)
+    shares = shares * (config.num_layers if layers is None else layers) + 2 * embeds + 2 * predicts
+    loss = predicts * (3 if config.label_smoothing else 2) * max(4, itemsize) * tokens * (size - 1)
+    return shares * (size - 1) * tokens * config.hidden_size * itemsize // size + loss

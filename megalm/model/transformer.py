@@ -89,16 +89,18 @@ class LayerCache:
         return self.keys[:end], self.values[:end]
 
 
-KEPT = {  # by selective recomputation: what is slow to compute again
+KEPT = {  # by selective recomputation: what is slow to compute or to send again
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.megalm.blocked_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
 }
 
 
 def selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Keeps the results of matrix products and attention; norms, activations and rotations are computed again."""
+    """Keeps the results of matrix products, attention and sums over ranks; all else is computed again."""
     return create_selective_checkpoint_contexts(list(KEPT))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and "embedding" not in name
 
 
-def build_adamw(config: Optimizer, model: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW over `model`'s parameters, its state allocated, so that a checkpoint can be loaded into it."""
-    named = list(model.named_parameters())
+def build_adamw(config: Optimizer, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
+    """Fused AdamW over parameters by name, its state allocated, so that a checkpoint can be loaded into it. Under FSDP
+    the state is sharded as they are."""
     groups = [
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
@@ -33,7 +33,7 @@ def build_adamw(config: Optimizer, model: nn.Module) -> torch.optim.AdamW:
 
 
 def moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The optimizer's state tensors by name: `optimizer.exp_avg.<parameter>` and so on."""
+    """The optimizer's state by name, `optimizer.exp_avg.<parameter>` and so on; under FSDP most are DTensors."""
     for name, parameter in model.named_parameters():
         for kind, tensor in optimizer.state[parameter].items():
             yield f"optimizer.{kind}.{name}", tensor

@@ -96,6 +96,8 @@ class Mesh:
     tensor: Axis = Axis()
     tensor_copies: Axis = Axis()
     """The neighbours on the tensor axis that hold the same key/value heads."""
+    matrices: Axis = Axis()
+    """Those that share each matrix of a stage, `data_shard` times `tensor`, for an optimizer that needs whole ones."""
     down: Axis = Axis()
     """The pipeline's ranks again, for what is sent from a rank to the next one (the last one's next is the first)."""
     up: Axis = Axis()
@@ -140,6 +142,7 @@ def build_mesh(layout: Layout, device: torch.device, timeout: timedelta, tensor_
         data=axis(layout.lines("data_replicate", "data_shard")),
         tensor=axis(tensor),
         tensor_copies=axis(copies),
+        matrices=axis(layout.lines("data_shard", "tensor")),
         down=axis(layout.lines("pipeline")),
         up=axis(layout.lines("pipeline")),
         shards=shards,

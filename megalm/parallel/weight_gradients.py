@@ -9,7 +9,7 @@ The queue is an object that the layers are given, and no context variable: on a 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +33,9 @@ class WeightGradientQueue:
 
     key: Hashable | None = None
     """Where `put` puts; None where weight gradients are computed at once."""
+    splits: bool = True
+    """Whether the backward pass of what now goes forward may leave anything here. Layers for which that makes no
+    difference otherwise are then autograd's own, which are faster."""
     _waiting: dict[Hashable, list[Product]] = field(default_factory=lambda: defaultdict(list))
 
     @contextmanager
@@ -50,16 +53,19 @@ class WeightGradientQueue:
         self._waiting[self.key].append(product)
 
     def prepare(self, key: Hashable) -> None:
-        """Starts what the first product under `key` waits for."""
-        if (waiting := self._waiting.get(key)) and waiting[0].prepare is not None:
-            waiting[0].prepare()
+        """Starts what the first product under `key` waits for, once."""
+        if (waiting := self._waiting.get(key)) and (prepare := waiting[0].prepare) is not None:
+            waiting[0] = Product(waiting[0].run)
+            prepare()
 
     def run(self, key: Hashable) -> None:
         """Computes and forgets all under `key`, each product's successor prepared before it runs."""
-        products = self._waiting.pop(key, [])
-        for product, successor in zip(products, [*products[1:], None], strict=True):
-            if successor is not None and successor.prepare is not None:
-                successor.prepare()
+        self.prepare(key)
+        products = deque(self._waiting.pop(key, ()))
+        while products:
+            product = products.popleft()
+            if products and (prepare := products[0].prepare) is not None:
+                prepare()
             product.run()
 
 

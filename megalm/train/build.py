@@ -3,30 +3,44 @@
 1. tokenizer   decides the vocabulary, and with it the model's last derived default
 2. data        opened and checked against the tokenizer, so that mistakes in paths and sizes show before work starts
 3. device
-4. model       made on the meta device, moved empty, then filled: no second copy of the weights is ever alive
-5. compile     each block alone, so that equal blocks share their code
-6. optimizer   over the parameters where they now live
+4. mesh        the groups of ranks, once all ranks agree on all of the above
+5. stages      those of this rank, on the meta device
+6. ZeRO        shards them there, so that no rank ever holds what is not its own
+7. weights     moved empty to the device, then filled: no second copy of them is ever alive
+8. compile     each block alone, so that equal blocks share their code
+9. optimizer   over the parameters where they now live
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megalm.config.sections import Config, Model, known
+from megalm.config.rules import split_layers
+from megalm.config.sections import Config, Model, Parallel, known
 from megalm.data.loader import Loader, MicroBatch
 from megalm.data.needs import Need
 from megalm.data.open import open_run_data
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
-from megalm.model.counts import parameter_count
+from megalm.launch.ranks import Process
+from megalm.model.counts import parameter_count, pipeline_pieces
 from megalm.model.init import initialise
-from megalm.model.transformer import ModelInputs, Recompute, Transformer
-from megalm.optim.adamw import build_adamw, moments
+from megalm.model.transformer import ModelInputs, Recompute, Stage, Transformer
+from megalm.optim.build import build_optimizer
+from megalm.parallel.mesh import Layout, Mesh, build_mesh
+from megalm.parallel.pipeline.partition import bounds_of, partition, stage_costs
+from megalm.parallel.pipeline.plan import placement_of
+from megalm.parallel.tensor.axis import TensorParallel
+from megalm.parallel.weight_gradients import WeightGradientQueue
+from megalm.parallel.zero.fsdp import shard_stage
+from megalm.parallel.zero.regions import Region, regions
 from megalm.train.device import DTYPES, pick_device, total_memory
+from megalm.train.passes import Passes
 
 BYTES_A_PARAMETER = 16  # float32: parameter, gradient, two moments
 
@@ -44,15 +58,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run changes."""
+    """What a run changes: this rank's share."""
 
-    model: Transformer
-    optimizer: torch.optim.AdamW
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name."""
-        named = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
-        return named | dict(moments(self.optimizer, self.model))
+    mesh: Mesh
+    passes: Passes
+    optimizer: torch.optim.Optimizer
+    held: list[Region]
+    """Its parameters, of all its stages."""
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -67,16 +79,18 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def build_inputs(config: Config) -> Inputs:
+def build_inputs(config: Config, process: Process | None = None) -> Inputs:
     """Steps 1 to 3: raises a UserError for whatever is wrong, and writes nothing."""
-    data, device = open_run_data(config), pick_device(config.run.device)
+    data, device = open_run_data(config), pick_device(config.run.device, process.local_rank if process else 0)
     config = with_vocabulary(config, data.tokenizer)
-    _check_memory(config.model, device)
+    _check_memory(config, device)
     return Inputs(config, data.tokenizer, data.loader, data.needs, device)
 
 
-def _check_memory(model: Model, device: torch.device) -> None:
-    needed, there = parameter_count(model, known(model.vocab_size)) * BYTES_A_PARAMETER, total_memory(device)
+def _check_memory(config: Config, device: torch.device) -> None:
+    ranks = layout_of(config.parallel).size if device.type == "cuda" else 1
+    needed = parameter_count(config.model, known(config.model.vocab_size)) * BYTES_A_PARAMETER
+    there = total_memory(device) * ranks  # ranks that compute on CPUs may share a machine
     if needed > there:
         raise UserError(
             f"model: parameters, gradients and optimizer state take {needed / 2**30:,.0f} GiB, but the {device.type} "
@@ -84,20 +98,52 @@ def _check_memory(model: Model, device: torch.device) -> None:
         )
 
 
+def layout_of(parallel: Parallel) -> Layout:
+    """The mesh's axes. ZeRO 0 shards nothing, so there all data ranks are replicas."""
+    data = parallel.data
+    assert isinstance(data, int), "only a resolved config may be used"
+    shard = known(parallel.zero.shard) if parallel.zero.stage else 1
+    return Layout(parallel.pipeline.size, data // shard, shard, parallel.tensor)
+
+
 def build_parts(config: Config, device: torch.device) -> Parts:
-    """Steps 4 to 6."""
-    model = build_model(config.model, device, DTYPES[config.precision.compute], config.run.recompute)
-    initialise(model, config.run.seed)
-    if config.run.compile:
-        for block in model.layers.values():
+    """Steps 4 to 9, on all ranks of the default process group; with a layout of one process there is none."""
+    layout, model = layout_of(config.parallel), config.model
+    mesh = Mesh(device=device)
+    if layout.size > 1:
+        copies = max(1, layout.tensor // known(model.num_kv_heads))
+        mesh = build_mesh(layout, device, timedelta(seconds=config.run.timeout), copies)
+    compute, pipeline = DTYPES[config.precision.compute], config.parallel.pipeline
+    tp = TensorParallel(
+        mesh.tensor,
+        config.parallel.sequence_sharding and layout.tensor > 1,
+        config.parallel.tensor_overlap,
+        WeightGradientQueue(),
+    )
+    placement = placement_of(pipeline.schedule, pipeline.size, known(pipeline.chunks))
+    pieces = pipeline_pieces(model, config.data.sequence_length, config.run.recompute)
+    bounds = bounds_of(split_layers(pipeline.split)) if pipeline.split else partition(pieces, placement)
+    stages, syncs = {}, {}
+    for number, (first, end) in enumerate(bounds):
+        if placement[number] != mesh.pipeline.rank:
+            continue
+        stage = Stage(first, end, number == 0, number == len(bounds) - 1)
+        with torch.device("meta"):
+            stages[number] = Transformer(model, compute, config.run.recompute, tp, stage)
+        syncs[number] = shard_stage(stages[number], mesh, config.parallel.zero, compute)
+        stages[number].to_empty(device=device)
+        initialise(stages[number], config.run.seed)
+        for block in stages[number].layers.values() if config.run.compile else ():
             block.compile()
-    return Parts(model, build_adamw(config.optimizer, model))
+    passes = Passes(stages, syncs, mesh, pipeline, placement, stage_costs(pieces, bounds))
+    held = [region for stage in stages.values() for region in regions(stage, stage.parts, mesh)]
+    return Parts(mesh, passes, build_optimizer(config.optimizer, held, mesh), held)
 
 
 def build_model(
     config: Model, device: torch.device, compute: torch.dtype, recompute: Recompute = "none"
 ) -> Transformer:
-    """An uninitialised model on `device`."""
+    """An uninitialised model on `device`, whole."""
     with torch.device("meta"):
         model = Transformer(config, compute, recompute)
     return model.to_empty(device=device)

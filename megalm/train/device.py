@@ -41,13 +41,20 @@ GPU_PEAKS = {
 SQUARE = {"cpu": 1536, "cuda": 8192}  # side of the measured product: large enough for full speed, and still quick
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of `run.device`, where `auto` is a GPU if there is one."""
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of `run.device`, where `auto` is a GPU if there is one: each process of a machine has its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
         raise UserError("run.device=cuda, but torch finds no GPU: use cpu or auto")
-    return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"run.device={name}: process {local_rank} of this machine has no GPU, there are "
+            f"{torch.cuda.device_count()}: start as many processes"
+        )
+    return torch.device(name, local_rank)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

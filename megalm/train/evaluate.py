@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megalm.config.sections import known
 from megalm.data.dataset import Source
-from megalm.data.loader import MicroBatch, windows
+from megalm.data.loader import Loader, MicroBatch, windows
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
-from megalm.model.transformer import Transformer
-from megalm.parallel.pipeline.executor import execute
-from megalm.parallel.pipeline.plan import one_stage_plan
 from megalm.train.build import model_inputs
+from megalm.train.passes import Passes
 from megalm.train.run_directory import TrainedModel
 
 GROUP = 32  # micro-batches that one plan takes through the model
@@ -64,33 +63,27 @@ class Score:
         }
 
 
-@torch.no_grad()
-def score(model: Transformer, tokenizer: Tokenizer, batches: Iterable[MicroBatch]) -> Score:
-    """The model's cross-entropy over all counted tokens of `batches`."""
-    device = next(model.parameters()).device
-    total, stream = Score(0.0, 0, 0), iter(batches)
+def score(passes: Passes, tokenizer: Tokenizer, batches: Iterable[MicroBatch]) -> Score:
+    """The cross-entropy over all counted tokens of `batches`, of which all data ranks have as many; it counts on one of
+    the ranks that give the same."""
+    total, stream, device = Score(0.0, 0, 0), iter(batches), passes.mesh.device
     while group := list(islice(stream, GROUP)):
-        total += _score_group(model, tokenizer, group, device)
+        nats = passes.run([model_inputs(batch, device) for batch in group], scale=None).item()
+        if passes.predicts:
+            labels = [batch.labels_T[batch.loss_mask_T].tolist() for batch in group]
+            total += Score(nats, sum(map(len, labels)), sum(map(tokenizer.byte_length, labels)))
     return total
 
 
-def _score_group(model: Transformer, tokenizer: Tokenizer, group: list[MicroBatch], device: torch.device) -> Score:
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-
-    def forward(i: int) -> torch.Tensor:
-        _, cross_entropy = model(model_inputs(group[i], device))
-        return nats.add_(cross_entropy)
-
-    execute(one_stage_plan(len(group), forward_only=True)[0], forward)
-    labels = [batch.labels_T[batch.loss_mask_T].tolist() for batch in group]
-    return Score(nats.item(), sum(map(len, labels)), sum(map(tokenizer.byte_length, labels)))
-
-
-def score_sources(
-    model: Transformer, tokenizer: Tokenizer, sources: Iterable[tuple[str, Iterable[MicroBatch]]]
-) -> dict[str, Score]:
-    """The score of each source by name."""
-    return {name: score(model, tokenizer, batches) for name, batches in sources}
+def score_sources(passes: Passes, tokenizer: Tokenizer, loader: Loader, micro_size: int) -> dict[str, Score]:
+    """The score of each source's held-out samples by name, on all ranks of the mesh, which share them."""
+    data, world = passes.mesh.data, passes.mesh.world
+    scores = [score(passes, tokenizer, batches) for _, batches in loader.validation(micro_size, data.rank, data.size)]
+    sums = torch.tensor([[s.nats, s.tokens, s.bytes] for s in scores], dtype=torch.float64, device=passes.mesh.device)
+    if world.group is not None:
+        dist.all_reduce(sums, group=world.group)
+    whole = [Score(nats, round(tokens), round(size)) for nats, tokens, size in sums.tolist()]
+    return dict(zip(loader.source_names, whole, strict=True))
 
 
 def evaluation_line(step: int, tokens: int, scores: dict[str, Score]) -> dict[str, Any]:
@@ -127,4 +120,4 @@ def evaluate_directory(trained: TrainedModel, directory: Path) -> Evaluated:
         )
     micro_size = known(config.batch.micro_size)
     batches = windows(source, 0, first, count, length, micro_size, tokenizer.eod, config.model.document_attention)
-    return Evaluated(part, count, score(trained.model, tokenizer, batches))
+    return Evaluated(part, count, score(Passes.of(trained.model), tokenizer, batches))

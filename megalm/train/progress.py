@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from megalm.config.batches import plan_batches
-from megalm.config.sections import Stage, known
+from megalm.config.sections import Parallel, Stage, known
 from megalm.data.needs import table
 from megalm.model.counts import parameter_count
-from megalm.train.build import BYTES_A_PARAMETER, Inputs
+from megalm.train.build import BYTES_A_PARAMETER, Inputs, layout_of
 
 logger = logging.getLogger("megalm")
 
@@ -41,8 +41,22 @@ def summary(inputs: Inputs) -> str:
             f"{tokens / parameters:.1f} a parameter",
             f"device   {inputs.device.type}, {config.precision.compute}, "
             f"{parameters * BYTES_A_PARAMETER / 2**20:,.0f} MiB for parameters, gradients and optimizer state",
+            *_layout(config.parallel),
         ]
     )
+
+
+def _layout(parallel: Parallel) -> list[str]:
+    """How several processes share the work."""
+    layout, pipeline = layout_of(parallel), parallel.pipeline
+    if layout.size == 1:
+        return []
+    parts = [f"tensor {layout.tensor}"] if layout.tensor > 1 else []
+    if layout.pipeline > 1:
+        parts.append(f"pipeline {layout.pipeline} ({pipeline.schedule}, {pipeline.chunks} stages a rank)")
+    if layout.data > 1:
+        parts.append(f"data {layout.data} (ZeRO {parallel.zero.stage}, shards of {layout.data_shard})")
+    return [f"layout   {layout.size} processes: {', '.join(parts)}"]
 
 
 def _stage(stage: Stage) -> str:
@@ -59,11 +73,11 @@ class _Console(Console):
 
 
 class Terminal(logging.Handler):
-    """The bar and the lines above it."""
+    """The bar and the lines above it; with `quiet`, on ranks that only help, nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         super().__init__()
-        self.console = _Console()
+        self.console = _Console(quiet=quiet)
         whole = Column(no_wrap=True)
         self.bar = Progress(
             BarColumn(bar_width=None, table_column=Column(ratio=1)),  # gives way to the words where there is no room
@@ -71,7 +85,7 @@ class Terminal(logging.Handler):
             TextColumn("{task.description}", table_column=whole),
             TimeRemainingColumn(compact=True, table_column=whole),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
             expand=True,
         )
 

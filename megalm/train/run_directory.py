@@ -7,7 +7,6 @@ runs/tiny/config.yaml        resolved        tokenizer/       a copy of what tex
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -17,11 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.checkpoint import latest, load, read_manifest
+from megalm.checkpoint import latest, load, read_manifest, whole
 from megalm.config import Config, resolve, to_yaml
 from megalm.data.tokenizer import FILES, RECORD, Tokenizer, load_tokenizer
 from megalm.errors import UserError
 from megalm.files import write_atomic
+from megalm.locks import lock
 from megalm.model.transformer import Transformer
 from megalm.train.build import build_model
 from megalm.train.device import DTYPES, pick_device
@@ -67,7 +67,10 @@ def opened(directory: Path) -> Iterator[None]:
     check_directory(directory)
     existed = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):  # who does not hold the lock removes nothing
+    held = lock(directory / MARK, wait=False)
+    if held is None:
+        raise UserError(f"run.dir={directory}: another process trains there: choose another directory")
+    with held:  # who does not hold the lock removes nothing
         fresh = os.listdir(directory) == [MARK]
         try:
             with _logging(directory):
@@ -79,18 +82,6 @@ def opened(directory: Path) -> Iterator[None]:
                 if existed:
                     directory.mkdir()
             raise
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    with (directory / MARK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"run.dir={directory}: another process trains there: choose another directory") from None
-        except OSError as error:
-            raise UserError(f"run.dir={directory}: its file system has no locks ({error.strerror})") from None
-        yield
 
 
 @contextmanager
@@ -167,7 +158,7 @@ def load_model(path: Path) -> TrainedModel:
             "the checkpoint in its run directory, which holds a copy"
         )
     model = build_model(config.model, pick_device("auto"), DTYPES[config.precision.compute])
-    load(checkpoint, {f"model.{name}": p for name, p in model.named_parameters()}, prefix="model.")
+    load(checkpoint, whole({f"model.{name}": p for name, p in model.named_parameters()}), prefix="model.")
     sources = {fingerprint: name for name, fingerprint in state["sources"].items()}
     return TrainedModel(config, tokenizer, model.requires_grad_(False), sources)
 

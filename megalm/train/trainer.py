@@ -1,9 +1,11 @@
-"""The training loop.
+"""The training loop, the same on every rank.
 
-    each step: batch -> plan -> executor (forward, backward) -> clip -> AdamW -> metrics -> evaluation -> checkpoint
+    each step: batch -> plan -> executor (forward, backward, ZeRO) -> sums over all ranks, clipping -> optimizer
+               -> metrics -> evaluation -> checkpoint
 
 A run is started and continued by the same command: it goes on from the newest complete checkpoint in its directory, and
-because nothing in it depends on anything but the config, the data and `consumed_samples`, it goes on bit for bit.
+because nothing in it depends on anything but the config, the data and `consumed_samples`, it goes on bit for bit. Only
+rank 0 writes; what ends the run, a signal too, ends it after the same step on all ranks.
 """
 
 from __future__ import annotations
@@ -11,29 +13,35 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+import megalm
 from megalm import checkpoint
-from megalm.config import Config
+from megalm.config import Config, to_yaml
 from megalm.config.batches import plan_batches
-from megalm.config.sections import known
-from megalm.data.loader import GlobalBatch
+from megalm.config.sections import Run, known
+from megalm.data.loader import GlobalBatch, MicroBatch
 from megalm.data.trace import first_hash, rolled
 from megalm.errors import UserError
-from megalm.model.counts import seen_pairs, training_flops
+from megalm.launch.ranks import Process
+from megalm.launch.world import World
+from megalm.model.counts import parameter_count, seen_pairs, training_flops
+from megalm.model.transformer import ModelInputs
 from megalm.ops.dropout import sequence_keys
+from megalm.optim.gradients import clip, sum_copies, totals
 from megalm.optim.schedule import learning_rate_factor
-from megalm.parallel.pipeline.executor import execute
-from megalm.parallel.pipeline.plan import one_stage_plan
-from megalm.train.build import Inputs, Parts, build_inputs, build_parts, model_inputs, pinned
+from megalm.parallel.pipeline.recording import Recording
+from megalm.train.build import Inputs, Parts, build_inputs, build_model, build_parts, model_inputs, pinned
 from megalm.train.device import DTYPES, memory_bytes, peak_flops
 from megalm.train.evaluate import evaluation_line, score_sources
 from megalm.train.metrics import Metrics
@@ -41,8 +49,10 @@ from megalm.train.progress import Terminal, summary
 from megalm.train.resume import differences, refuse_another_run
 from megalm.train.run_directory import CHECKPOINTS, check_directory, describe, opened
 from megalm.train.signals import StopRequest
+from megalm.train.state import shards
 
 logger = logging.getLogger("megalm")
+RECORDED = 2  # the step whose timeline is kept, counted from the process's first, which is slower
 
 
 @dataclass
@@ -57,60 +67,87 @@ class Position:
     """Of all samples so far (`megalm.data.trace`)."""
 
 
-def run(config: Config, stop: StopRequest, dry_run: bool = False) -> None:
-    """Trains what `config` says, from the start or from where its directory's newest checkpoint is, until `stop`.
+def run(load: Callable[[], Config], process: Process, stop: StopRequest, dry_run: bool = False) -> None:
+    """Trains what the config that `load` gives says, from the start or from where its directory's newest checkpoint is,
+    until `stop` on any rank.
 
-    Raises a UserError before anything is written if something is wrong with the config or what it names. With
-    `dry_run`, stops after all checks and a summary.
+    Raises a UserError before anything is written if something is wrong with the config or what it names, or if ranks
+    differ. With `dry_run`, stops after all checks and a summary.
     """
-    inputs, directory = build_inputs(config), Path(config.run.dir)
-    check_directory(directory)
-    with Terminal() as terminal:
+
+    def prepare() -> Inputs:
+        inputs = build_inputs(load(), process)
+        check_directory(Path(inputs.config.run.dir))
+        return inputs
+
+    world, chief = World(process), process.rank == 0
+    inputs = world.agree(prepare, facts, Run.model_fields["timeout"].default)
+    directory = Path(inputs.config.run.dir)
+    with Terminal(quiet=not chief) as terminal:
         terminal.say(summary(inputs))
         if dry_run:
             terminal.say("dry run: everything that can be checked is well; nothing was written")
             return
-        with opened(directory):
+        with world.joined(inputs.device, inputs.config.run.timeout), ExitStack() as stack:
+            if chief:
+                stack.enter_context(opened(directory))
             trainer = Trainer(inputs, directory)
-            describe(inputs.config, directory)  # not before the run may go on: a refused one changes nothing
+            if chief:
+                describe(inputs.config, directory)  # not before the run may go on: a refused one changes nothing
             trainer.train(terminal, stop)
 
 
+def facts(inputs: Inputs) -> dict[str, str]:
+    """What must be the same on all ranks."""
+    model = build_model(inputs.config.model, torch.device("meta"), DTYPES[inputs.config.precision.compute])
+    return {
+        "config": to_yaml(inputs.config),
+        "data": inputs.loader.fingerprint,
+        "tokenizer": inputs.tokenizer.fingerprint,
+        "kind of device": inputs.device.type,
+        "version of megalm": megalm.__version__,
+        "version of torch": torch.__version__,
+        "model": "\n".join(f"{name} {list(parameter.shape)}" for name, parameter in model.named_parameters()),
+    }
+
+
 class Trainer:
-    """One run in its directory."""
+    """One rank's part of a run in its directory."""
 
     def __init__(self, inputs: Inputs, directory: Path) -> None:
         self.inputs, self.config, self.directory = inputs, inputs.config, directory
         self.batches = plan_batches(self.config.batch)
         self.parts: Parts = build_parts(self.config, inputs.device)
+        self.mesh = self.parts.mesh
         self.position = Position(
             tokens_by_source=dict.fromkeys(inputs.loader.source_names, 0),
             data_hash=first_hash(inputs.loader.fingerprint),
         )
         self.steps = known(self.config.schedule.steps)
+        self.parameters = parameter_count(self.config.model, known(self.config.model.vocab_size))
         self.saved: int | None = None
         """The step of the newest checkpoint."""
+        self.stopping = False
+        """Whether some rank had been asked to stop by the last step, as all ranks know."""
         self._resume()
+        self._recorded = self.position.step + RECORDED
 
     def train(self, terminal: Terminal, stop: StopRequest) -> None:
-        """All steps that are left, or until `stop` is received."""
+        """All steps that are left, or until `stop` is received on any rank."""
         if self.position.step >= self.steps:
             logger.info("%s: complete: all %d steps are done", self.directory, self.steps)
             return
         self.peak = peak_flops(self.inputs.device, DTYPES[self.config.precision.compute])
-        last_line = self.position.step or -1  # a run that starts anew evaluates at step 0 anew
-        events = self.directory / "tensorboard" if self.config.log.tensorboard else None
-        with (
-            closing(Metrics(self.directory / "metrics.jsonl", events, last_line)) as metrics,
-            closing(self._stream()) as stream,
-        ):
+        with ExitStack() as stack:
+            metrics = stack.enter_context(closing(self._metrics())) if self.mesh.rank == 0 else None
+            stream = stack.enter_context(closing(self.stream()))
             terminal.start(self.steps, self.position.step)
             if self.position.step == 0:
                 self._evaluate(metrics)
-            while self.position.step < self.steps and stop.received is None:
-                values = self._step(stream)
+            while self.position.step < self.steps and not self.stopping:
+                values = self.step(stream, stop)
                 done = self.position.step
-                if done % self.config.log.every == 0 or done == self.steps:
+                if metrics and (done % self.config.log.every == 0 or done == self.steps):
                     metrics.write(values)
                     terminal.step(values)
                 last = done == self.steps
@@ -120,51 +157,46 @@ class Trainer:
                     self._save(metrics)
             if (self.saved or 0) < self.position.step:
                 self._save(metrics)
-            if stop.received is not None:
-                logger.info("%s: stopped after step %d; start again to go on", stop.received.name, self.position.step)
+            if self.stopping:
+                name = stop.received.name if stop.received else "a signal to another rank"
+                logger.info("%s: stopped after step %d; start again to go on", name, self.position.step)
 
-    def _stream(self) -> Generator[GlobalBatch, None, None]:
+    def _metrics(self) -> Metrics:
+        last_line = self.position.step or -1  # a run that starts anew evaluates at step 0 anew
+        events = self.directory / "tensorboard" if self.config.log.tensorboard else None
+        return Metrics(self.directory / "metrics.jsonl", events, last_line)
+
+    def stream(self) -> Generator[GlobalBatch, None, None]:
+        """This data rank's batches. All pipeline and tensor ranks of it read the same."""
         finish = pinned if self.inputs.device.type == "cuda" else None
-        return self.inputs.loader.stream(self.position.consumed_samples, self._micro_sizes(), finish=finish)
+        data = self.mesh.data
+        sizes = self._micro_sizes()
+        return self.inputs.loader.stream(self.position.consumed_samples, sizes, data.rank, data.size, finish)
 
     def _micro_sizes(self) -> Iterator[list[int]]:
-        """The micro-batch sizes of each step that is left."""
+        """The micro-batch sizes of a data rank in each step that is left."""
         micro = known(self.config.batch.micro_size)
         for step in range(self.position.step, self.steps):
-            yield [micro] * (self.batches.size(step) // micro)
+            yield [micro] * (self.batches.size(step) // self.mesh.data.size // micro)
 
-    def _step(self, stream: Iterator[GlobalBatch]) -> dict[str, Any]:
-        """One update of the parameters; returns its metrics."""
+    def step(self, stream: Iterator[GlobalBatch], stop: StopRequest) -> dict[str, Any]:
+        """One update of the parameters; returns its metrics, the same on all ranks but for those of time."""
         started = time.perf_counter()
         samples = next(stream)
-        batch = samples.parts
         waited = time.perf_counter() - started
-        model, optimizer, device = self.parts.model, self.parts.optimizer, self.inputs.device
-        counted = max(1, sum(int(part.loss_mask_T.sum()) for part in batch))
-        nats = torch.zeros((), dtype=torch.float64, device=device)
-
-        def forward(i: int) -> Tensor:
-            micro = len(batch[i].sources_B)
-            samples_B = torch.arange(micro, device=device) + (self.position.consumed_samples + i * micro)
-            keys_B = sequence_keys(self.config.run.seed, samples_B) if self.config.model.dropout else None
-            objective, cross_entropy = model(model_inputs(batch[i], device, keys_B), scale=1 / counted)
-            nats.add_(cross_entropy)
-            return objective
-
-        execute(one_stage_plan(len(batch))[0], forward)
-        clip = self.config.optimizer.clip_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-        loss = nats.item() / counted
-        step = self.position.step + 1
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            where = (
-                "there is no checkpoint yet" if self.saved is None else f"the last checkpoint is of step {self.saved}"
-            )
-            raise UserError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}: training has diverged; {where}: lower "
-                f"optimizer.learning_rate={self.config.optimizer.learning_rate} or lengthen "
-                f"schedule.warmup_steps={self.config.schedule.warmup_steps}"
-            )
+        step, optimizer = self.position.step + 1, self.parts.optimizer
+        counted = self._count(samples.parts)
+        recording = Recording(self.mesh) if self.config.log.timeline and step == self._recorded else None
+        nats = self.parts.passes.run(self._inputs(samples.parts), 1 / counted, recording)
+        if recording is not None:
+            self._write(recording, len(samples.parts))
+        sum_copies(self.parts.held, self.mesh)
+        found = totals(self.parts.held, self.mesh, self._sums(samples.parts, nats, stop), self.config.log.zeros)
+        nats_of_all, pairs, memory, asked = found.sums
+        loss, norm, self.stopping = nats_of_all / counted, found.norm, asked > 0
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._diverged(step, loss, norm)
+        clip(self.parts.held, norm, self.config.optimizer.clip_norm or math.inf)
         learning_rate = self._learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -173,22 +205,63 @@ class Trainer:
         self._advance(samples)
 
         seconds = time.perf_counter() - started
-        tokens = sum(len(part.tokens_T) for part in batch)
-        pairs = sum(seen_pairs(part.segments.tolist(), self.config.model.sliding_window) for part in batch)
+        tokens = len(samples.source_B) * self.config.data.sequence_length
+        peak = self.peak * self.mesh.layout.size
         return {
             "step": step,
             "tokens": self.position.tokens,
             "loss": loss,
-            "grad_norm": grad_norm,
+            "grad_norm": norm,
+            **({} if found.zeros is None else {"grad_zeros": found.zeros / self.parameters}),
             "learning_rate": learning_rate,
             "tokens_per_second": tokens / seconds,
-            "mfu": training_flops(self.config.model, tokens, pairs) / seconds / self.peak,
+            "mfu": training_flops(self.config.model, tokens, round(pairs)) / seconds / peak,
             "step_seconds": seconds,
             "data_wait_seconds": waited,
-            "memory_bytes": memory_bytes(device),
+            "memory_bytes": round(memory),
             "tokens_by_source": dict(self.position.tokens_by_source),
             "data_hash": self.position.data_hash,
         }
+
+    def _count(self, batch: Sequence[MicroBatch]) -> int:
+        """Tokens whose loss counts, of all data ranks, known before the forward pass: so no average of averages."""
+        counted = sum(int(part.loss_mask_T.sum()) for part in batch)
+        if self.mesh.data.group is not None:
+            tensor = torch.tensor(counted, device=self.mesh.device)
+            dist.all_reduce(tensor, group=self.mesh.data.group)
+            counted = int(tensor)
+        return max(1, counted)
+
+    def _inputs(self, batch: Sequence[MicroBatch]) -> list[ModelInputs]:
+        device, first = self.mesh.device, self.position.consumed_samples
+        first += self.mesh.data.rank * sum(len(part.sources_B) for part in batch)
+        inputs = []
+        for part in batch:
+            keys_B = None
+            if self.config.model.dropout:
+                samples_B = torch.arange(first, first + len(part.sources_B), device=device)
+                keys_B = sequence_keys(self.config.run.seed, samples_B)
+            inputs.append(model_inputs(part, device, keys_B))
+            first += len(part.sources_B)
+        return inputs
+
+    def _sums(self, batch: Sequence[MicroBatch], nats: Tensor, stop: StopRequest) -> list[Tensor | float]:
+        """What is added up over all ranks beside the gradient's norm: nats, pairs of tokens that see each other, bytes
+        of memory, and ranks that were asked to stop."""
+        mesh, window = self.mesh, self.config.model.sliding_window
+        pairs = 0
+        if mesh.tensor.rank == 0 and mesh.pipeline.rank == 0:  # the others have the same micro-batches
+            pairs = sum(seen_pairs(part.segments.tolist(), window) for part in batch)
+        mine = nats if self.parts.passes.predicts else 0.0
+        return [mine, pairs, memory_bytes(mesh.device), float(stop.received is not None)]
+
+    def _diverged(self, step: int, loss: float, norm: float) -> UserError:
+        where = "there is no checkpoint yet" if self.saved is None else f"the last checkpoint is of step {self.saved}"
+        return UserError(
+            f"step {step}: loss {loss}, gradient norm {norm}: training has diverged; {where}: lower "
+            f"optimizer.learning_rate={self.config.optimizer.learning_rate} or lengthen "
+            f"schedule.warmup_steps={self.config.schedule.warmup_steps}"
+        )
 
     def _advance(self, samples: GlobalBatch) -> None:
         position, length = self.position, self.config.data.sequence_length
@@ -206,13 +279,14 @@ class Trainer:
         factor = learning_rate_factor(schedule.kind, step, self.steps, warmup, decay, schedule.min_ratio)
         return self.config.optimizer.learning_rate * factor
 
-    def _evaluate(self, metrics: Metrics) -> None:
+    def _evaluate(self, metrics: Metrics | None) -> None:
         if self.config.data.validation.samples == 0:
             return
-        held_out = self.inputs.loader.validation(known(self.config.batch.micro_size))
-        scores = score_sources(self.parts.model, self.inputs.tokenizer, held_out)
+        micro_size = known(self.config.batch.micro_size)
+        scores = score_sources(self.parts.passes, self.inputs.tokenizer, self.inputs.loader, micro_size)
         line = evaluation_line(self.position.step, self.position.tokens, scores)
-        metrics.write(line)
+        if metrics:
+            metrics.write(line)
         logger.info(
             "step %d: validation loss %.4f, %.4f bits per byte (%s)",
             line["step"],
@@ -221,9 +295,14 @@ class Trainer:
             ", ".join(f"{name} {part.loss:.4f}" for name, part in scores.items()),
         )
 
-    def _save(self, metrics: Metrics) -> None:
+    def _write(self, recording: Recording, micro_batches: int) -> None:
+        passes = self.parts.passes
+        recording.write(self.directory / "timeline.json", passes.pipeline.schedule, passes.placement, micro_batches)
+
+    def _save(self, metrics: Metrics | None) -> None:
         """Writes a checkpoint."""
-        metrics.sync()
+        if metrics:
+            metrics.sync()
         state = {
             "position": asdict(self.position),
             "data": self.inputs.loader.fingerprint,
@@ -231,18 +310,18 @@ class Trainer:
             "tokenizer": self.inputs.tokenizer.fingerprint,
             "config": self.config.model_dump(mode="json"),
         }
-        root = self.directory / CHECKPOINTS
-        checkpoint.save(root, self.position.step, self.parts.tensors(), state, self.config.checkpoint.keep)
+        root, keep, group = self.directory / CHECKPOINTS, self.config.checkpoint.keep, self.mesh.world.group
+        checkpoint.save(root, self.position.step, list(shards(self.parts)), state, keep, group)
         self.saved = self.position.step
 
     def _resume(self) -> None:
         """Goes to the newest intact checkpoint, if there is one."""
         root = self.directory / CHECKPOINTS
-        for found in checkpoint.complete(root) if root.is_dir() else ():
+        group = self.mesh.world.group
+        for found in checkpoint.candidates(root, group):
+            accept = partial(refuse_another_run, found, inputs=self.inputs, batches=self.batches)
             try:
-                saved = checkpoint.read_manifest(found).state
-                refuse_another_run(found, saved, self.inputs, self.batches)
-                checkpoint.load(found, self.parts.tensors())
+                saved = checkpoint.load(found, list(shards(self.parts)), group=group, accept=accept)
             except checkpoint.DamagedCheckpoint as damage:
                 logger.warning("%s; trying the one before", damage)
                 continue

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megalm.checkpoint import complete, load, read_manifest, save
+from megalm.checkpoint import complete, load, read_manifest, save, whole
 from megalm.errors import UserError
 
 
@@ -31,7 +31,7 @@ def content(value: int) -> dict[str, torch.Tensor]:
 def read_consistent(directory: Path) -> tuple[int, int]:
     """Step and value of a checkpoint, after asserting that all of it is of one save."""
     into = content(-1)
-    state = load(directory, into)
+    state = load(directory, whole(into))
     assert all((tensor == state["value"]).all() for tensor in into.values())
     return read_manifest(directory).step, state["value"]
 
@@ -72,7 +72,7 @@ def serve(request: dict[str, Any]) -> None:
     for step in steps:
         value = request.get("value", step)
         try:
-            save(root, step, content(value), {"value": value}, request["keep"])
+            save(root, step, whole(content(value)), {"value": value}, request["keep"])
             say(f"saved {step}")
         except UserError as error:
             say(f"refused {error}")

@@ -20,7 +20,7 @@ import pytest
 import torch
 from saving_process import content, read_consistent
 
-from megalm.checkpoint import complete, latest, load, save
+from megalm.checkpoint import complete, latest, load, save, whole
 from megalm.errors import UserError
 
 
@@ -34,7 +34,7 @@ def hidden(root: Path) -> list[str]:
 
 def put(root: Path, step: int, keep: int = 9, value: int | None = None) -> Path:
     value = step if value is None else value
-    return save(root, step, content(value), {"value": value}, keep)
+    return save(root, step, whole(content(value)), {"value": value}, keep)
 
 
 class Saver:
@@ -292,7 +292,7 @@ def test_an_interrupt_while_writing_leaves_nothing_behind(tmp_path: Path, monkey
 def test_the_tensors_may_be_any_views(tmp_path: Path) -> None:
     base = torch.arange(24).reshape(4, 6)
     saved = {"columns": base[:, 1:3], "step": base[::2], "turned": base.T, "expanded": base[:1].expand(3, 6)}
-    directory = save(tmp_path, 1, saved, {}, keep=1)
+    directory = save(tmp_path, 1, whole(saved), {}, keep=1)
     into = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in saved.items()}
-    load(directory, into)
+    load(directory, whole(into))
     assert all(torch.equal(into[name], saved[name]) for name in saved)

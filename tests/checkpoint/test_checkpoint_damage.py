@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalm.checkpoint import DamagedCheckpoint, complete, latest, load, reader, save
+from megalm.checkpoint import DamagedCheckpoint, complete, latest, load, reader, save, whole
 from megalm.checkpoint.manifest import MANIFEST
 
 SHARD = "rank-00000.safetensors"
@@ -30,14 +30,14 @@ def content(step: int) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     for step in (1, 2):
-        save(tmp_path, step, content(step), {"loss": 0.1 * step}, keep=3)
+        save(tmp_path, step, whole(content(step)), {"loss": 0.1 * step}, keep=3)
     return tmp_path
 
 
 def assert_refused(directory: Path, named: str) -> None:
     into = content(77)
     with pytest.raises(DamagedCheckpoint) as caught:
-        load(directory, into)
+        load(directory, whole(into))
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(into[name], tensor) for name, tensor in content(77).items())
@@ -55,7 +55,7 @@ def test_a_flipped_bit_in_any_byte_of_any_file_is_found(root: Path, name: str) -
         path.write_bytes(damaged)
         assert_refused(path.parent, name)
     path.write_bytes(intact)
-    assert load(path.parent, content(0)) == {"loss": 0.2}
+    assert load(path.parent, whole(content(0))) == {"loss": 0.2}
 
 
 def cut(path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_file_that_changes_between_the_two_readings_is_refused(root: Path, mon
 
     monkeypatch.setattr(reader, "_read", read_twice)
     with pytest.raises(DamagedCheckpoint, match=SHARD):
-        load(root / "step-00000002", content(0))
+        load(root / "step-00000002", whole(content(0)))
     assert len(readings) == 2
 
 
@@ -125,5 +125,5 @@ def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
 
 def test_checkpoints_are_found_newest_first_by_number(tmp_path: Path) -> None:
     for step in (2, 10, 9, 123456789):
-        save(tmp_path, step, {}, {}, keep=9)
+        save(tmp_path, step, [], {}, keep=9)
     assert [int(path.name.removeprefix("step-")) for path in complete(tmp_path)] == [123456789, 10, 9, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +12,25 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from cuts import bits, cuts, part, random_tensor, region_in, shapes, shards_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from megalm.checkpoint import CheckpointManifest, DamagedCheckpoint, load, read_manifest, save
-from megalm.checkpoint.manifest import DTYPES, MANIFEST, VERSION, Box, FileRecord, Region, TensorRecord
-from megalm.checkpoint.writer import write_shard
+from megalm.checkpoint import CheckpointManifest, DamagedCheckpoint, Shard, load, read_manifest, save, whole, writer
+from megalm.checkpoint.manifest import DTYPES, MANIFEST, VERSION, Region, TensorRecord
 from megalm.errors import UserError
 
 DIMS = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 NAMES = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__" and name.isprintable())
 
 
-def random_tensor(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
-    """Random bits, so NaNs with any payload, infinities and denormals occur too."""
-    generator = torch.Generator().manual_seed(seed)
-    high = 2 if dtype == "bool" else 256
-    width = DTYPES[dtype][1]
-    data = torch.randint(high, (int(np.prod(shape)) * width,), generator=generator, dtype=torch.uint8)
-    return data.view(getattr(torch, dtype)).reshape(shape)
-
-
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
     tensor = random_tensor(draw(DIMS), draw(st.sampled_from(sorted(DTYPES))), draw(st.integers(0, 2**31)))
     return tensor.T if tensor.dim() == 2 and draw(st.booleans()) else tensor
-
-
-def bits(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
 def zeros_like(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -54,11 +43,11 @@ def test_any_tensors_come_back_bit_for_bit_and_the_safetensors_library_reads_the
     saved: dict[str, torch.Tensor],
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        directory = save(Path(folder), 7, saved, {}, keep=1)
+        directory = save(Path(folder), 7, whole(saved), {}, keep=1)
         loaded = zeros_like(saved)
-        load(directory, loaded)
+        load(directory, whole(loaded))
         assert {n: bits(t) for n, t in loaded.items()} == {n: bits(t) for n, t in saved.items()}
-        library = load_file(directory / "rank-00000.safetensors")
+        library = load_file(directory / "rank-00000.safetensors") if saved else {}
         assert {n: bits(t) for n, t in library.items()} == {n: bits(t) for n, t in saved.items()}
 
 
@@ -81,7 +70,8 @@ def test_state_comes_back_exactly(state: dict[str, Any]) -> None:
 
 
 def test_the_directory_holds_a_json_manifest_and_a_safetensors_file(tmp_path: Path) -> None:
-    directory = save(tmp_path / "checkpoints", 100, {"model.x": torch.arange(6.0).reshape(2, 3)}, {"a": 1}, keep=1)
+    saved = whole({"model.x": torch.arange(6.0).reshape(2, 3)})
+    directory = save(tmp_path / "checkpoints", 100, saved, {"a": 1}, keep=1)
     assert directory == tmp_path / "checkpoints" / "step-00000100"
     assert sorted(path.name for path in directory.iterdir()) == [MANIFEST, "rank-00000.safetensors"]
     fields = json.loads((directory / MANIFEST).read_text())
@@ -99,16 +89,16 @@ def test_the_directory_holds_a_json_manifest_and_a_safetensors_file(tmp_path: Pa
 
 def test_tensors_are_aligned_to_their_elements(tmp_path: Path) -> None:
     saved = {"a": torch.ones(3, dtype=torch.bool), "b": torch.ones(3), "c": torch.ones(3, dtype=torch.int64)}
-    manifest = read_manifest(save(tmp_path, 1, saved, {}, keep=1))
+    manifest = read_manifest(save(tmp_path, 1, whole(saved), {}, keep=1))
     assert all(manifest.tensors[name].boxes[0].start % saved[name].element_size() == 0 for name in saved)
 
 
 def test_parameters_are_loaded_in_place(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
-    directory = save(tmp_path, 1, model.state_dict(), {}, keep=1)
+    directory = save(tmp_path, 1, whole(model.state_dict()), {}, keep=1)
     other = torch.nn.Linear(3, 2)
     pointer = other.weight.data_ptr()
-    load(directory, dict(other.named_parameters()))
+    load(directory, whole(dict(other.named_parameters())))
     assert torch.equal(other.weight, model.weight)
     assert other.weight.data_ptr() == pointer
     assert other.weight.requires_grad
@@ -116,9 +106,9 @@ def test_parameters_are_loaded_in_place(tmp_path: Path) -> None:
 
 def test_a_prefix_loads_a_part_and_leaves_the_rest_unread(tmp_path: Path) -> None:
     saved = {"model.x": torch.ones(4), "optimizer.x": torch.ones(4)}
-    directory = save(tmp_path, 1, saved, {}, keep=1)
+    directory = save(tmp_path, 1, whole(saved), {}, keep=1)
     into = {"model.x": torch.zeros(4)}
-    load(directory, into, prefix="model.")
+    load(directory, whole(into), prefix="model.")
     assert torch.equal(into["model.x"], saved["model.x"])
 
 
@@ -133,9 +123,9 @@ def test_a_prefix_loads_a_part_and_leaves_the_rest_unread(tmp_path: Path) -> Non
     ],
 )
 def test_another_set_of_tensors_is_refused_and_named(tmp_path: Path, into: dict[str, torch.Tensor], said: str) -> None:
-    directory = save(tmp_path, 1, {"model.weight": torch.ones(4, 2)}, {}, keep=1)
+    directory = save(tmp_path, 1, whole({"model.weight": torch.ones(4, 2)}), {}, keep=1)
     with pytest.raises(UserError, match=said) as caught:
-        load(directory, into)
+        load(directory, whole(into))
     assert str(directory) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert all(not tensor.any() for tensor in into.values())
@@ -157,85 +147,117 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-# Boxes cut by hand: what other layouts will write
+# Tensors in boxes: what the ranks of a layout write, and others read
 
 
-@st.composite
-def cuts(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region]]:
-    """A shape, and boxes that tile it: cut in two again and again, along any dim."""
-    shape = tuple(draw(st.lists(st.integers(1, 6), max_size=3)))
-    regions = [Region((0,) * len(shape), shape)]
-    for _ in range(draw(st.integers(0, 5))):
-        region = regions.pop(draw(st.integers(0, len(regions) - 1)))
-        dims = [dim for dim, length in enumerate(region.size) if length > 1]
-        if not dims:
-            regions.append(region)
-            continue
-        dim = draw(st.sampled_from(dims))
-        at = draw(st.integers(1, region.size[dim] - 1))
-        for start, length in ((0, at), (at, region.size[dim] - at)):
-            offset, size = list(region.offset), list(region.size)
-            offset[dim] += start
-            size[dim] = length
-            regions.append(Region(tuple(offset), tuple(size)))
-    return shape, regions
-
-
-def write_by_hand(
-    directory: Path, whole: dict[str, torch.Tensor], boxes: dict[str, list[tuple[str, Region]]]
-) -> CheckpointManifest:
-    """Writes each tensor as the given (file, region) boxes."""
-    shards: dict[str, dict[str, torch.Tensor]] = {}
+def write_with_the_library(
+    directory: Path, tensors: dict[str, torch.Tensor], boxes: dict[str, list[tuple[str, Region]]]
+) -> None:
+    """A checkpoint of the given (file, region) boxes."""
+    files: dict[str, dict[str, torch.Tensor]] = {}
     for name, parts in boxes.items():
         for file, region in parts:
-            piece = whole[name][tuple(slice(o, o + n) for o, n in zip(region.offset, region.size, strict=True))]
-            shards.setdefault(file, {})[f"{name}@{region.offset}"] = piece
-    written = {file: write_shard(directory / file, shard) for file, shard in shards.items()}
-    files: dict[str, FileRecord] = {file: record for file, (record, _) in written.items()}
-    records = {}
+            files.setdefault(file, {})[f"{name}@{region.offset}"] = part(tensors[name], region).contiguous()
+    manifest: dict[str, Any] = {"step": 1, "state": {}, "files": {}, "tensors": {}}
+    contents, starts = {}, {}
+    for file, pieces in files.items():
+        save_file(pieces, directory / file)
+        content = contents[file] = (directory / file).read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")
+        for key, entry in json.loads(content[8:header]).items():
+            starts[file, key] = tuple(header + offset for offset in entry["data_offsets"])
+        checksum = xxhash.xxh3_128_hexdigest(content[:header])
+        manifest["files"][file] = {"size": len(content), "header": header, "checksum": checksum}
     for name, parts in boxes.items():
-        found = []
+        record = manifest["tensors"][name] = {"shape": tuple(tensors[name].shape), "boxes": []}
+        record["dtype"] = str(tensors[name].dtype).removeprefix("torch.")
         for file, region in parts:
-            start, checksum = written[file][1][f"{name}@{region.offset}"]
-            found.append(Box(offset=region.offset, size=region.size, file=file, start=start, checksum=checksum))
-        dtype = str(whole[name].dtype).removeprefix("torch.")
-        records[name] = TensorRecord(shape=tuple(whole[name].shape), dtype=dtype, boxes=tuple(found))
-    manifest = CheckpointManifest(step=1, state={}, files=files, tensors=records)
-    (directory / MANIFEST).write_bytes(manifest.to_bytes())
-    return manifest
+            start, end = starts[file, f"{name}@{region.offset}"]
+            checksum = xxhash.xxh3_128_hexdigest(contents[file][start:end])
+            place = {"file": file, "start": start, "checksum": checksum}
+            record["boxes"].append({"offset": region.offset, "size": region.size} | place)
+    (directory / MANIFEST).write_bytes(CheckpointManifest.model_validate(manifest).to_bytes())
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_boxes_over_several_files_come_together(data: st.DataObject) -> None:
-    whole, boxes = {}, {}
+    tensors, boxes = {}, {}
     for name in ("a", "b"):
-        shape, regions = data.draw(cuts())
-        whole[name] = random_tensor(shape, data.draw(st.sampled_from(["float32", "bfloat16", "bool"])), len(regions))
+        shape = data.draw(shapes())
+        regions = [region for region in data.draw(cuts(shape)) if region.volume]
+        tensors[name] = random_tensor(shape, data.draw(st.sampled_from(["float32", "bfloat16", "bool"])), len(regions))
         boxes[name] = [(f"rank-{data.draw(st.integers(0, 2)):05d}.safetensors", region) for region in regions]
     with tempfile.TemporaryDirectory() as folder:
-        write_by_hand(Path(folder), whole, boxes)
-        into = zeros_like(whole)
-        turned = tuple(reversed(range(whole["a"].dim())))
+        write_with_the_library(Path(folder), tensors, boxes)
+        into = zeros_like(tensors)
+        turned = tuple(reversed(range(tensors["a"].dim())))
         into["a"] = into["a"].permute(turned).contiguous().permute(turned)
-        load(Path(folder), into)
-        assert {n: bits(t) for n, t in into.items()} == {n: bits(t) for n, t in whole.items()}
+        load(Path(folder), whole(into))
+        assert {n: bits(t) for n, t in into.items()} == {n: bits(t) for n, t in tensors.items()}
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.sampled_from([8, 16, 1 << 20]))
+def test_what_is_saved_in_any_shards_is_loaded_into_any_others(data: st.DataObject, box_bytes: int) -> None:
+    shape = data.draw(shapes())
+    tensor = random_tensor(shape, data.draw(st.sampled_from(["float64", "bfloat16", "bool"])), 5)
+    saved = data.draw(shards_of(tensor))
+    copies = [replace(data.draw(st.sampled_from(saved)), primary=False, tensor=torch.zeros(shape)) for _ in range(2)]
+    into = [replace(shard, tensor=torch.zeros_like(shard.tensor)) for shard in data.draw(shards_of(tensor))]
+    into.append(replace(into[0], tensor=torch.zeros_like(into[0].tensor)))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(writer, "BOX_BYTES", box_bytes)
+        directory = save(Path(folder), 1, [*saved, *copies], {}, keep=1)
+        boxes = read_manifest(directory).tensors["x"].boxes
+        load(directory, into)
+    width = tensor.element_size()
+    assert all(box.region.volume * width <= max(box_bytes, width) for box in boxes)
+    for shard in into:
+        assert bits(shard.data) == bits(part(tensor, shard.region))
+        shard.data.zero_()
+        assert not shard.tensor.any()  # the padding was left alone
+
+
+def test_shards_that_do_not_make_up_a_tensor_are_not_committed(tmp_path: Path) -> None:
+    shard = Shard("x", torch.ones(2), (4,), (0,), (2,))
+    for shards in ([shard], [shard, replace(shard, offset=(1,)), replace(shard, offset=(2,))]):
+        with pytest.raises(ValueError, match=r"gap|overlap"):
+            save(tmp_path, 1, shards, {}, keep=1)
+        assert not list(tmp_path.glob("*step*"))
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_boxes_are_taken_for_a_tiling_if_and_only_if_they_hold_each_element_once(data: st.DataObject) -> None:
+    shape = data.draw(shapes())
+    regions = data.draw(cuts(shape)) if data.draw(st.booleans()) else []
+    for _ in range(data.draw(st.integers(0, 3))):
+        regions.append(data.draw(region_in(shape)))
+    if regions and data.draw(st.booleans()):
+        regions.remove(data.draw(st.sampled_from(regions)))
+    counts = np.zeros(shape, int)
+    for region in regions:
+        counts[tuple(slice(o, o + n) for o, n in zip(region.offset, region.size, strict=True))] += 1
+    boxes = [box(region.offset, region.size) for region in regions]
+    try:
+        TensorRecord.model_validate({"shape": shape, "dtype": "float32", "boxes": boxes})
+        taken = True
+    except ValidationError:
+        taken = False
+    assert taken == bool((counts == 1).all())
 
 
 @settings(max_examples=300)
 @given(st.data())
 def test_the_intersection_of_two_regions_is_that_of_their_elements(data: st.DataObject) -> None:
-    shape = data.draw(st.lists(st.integers(1, 6), max_size=3))
-
-    def region() -> Region:
-        offset = tuple(data.draw(st.integers(0, dim - 1)) for dim in shape)
-        return Region(offset, tuple(data.draw(st.integers(0, dim - o)) for dim, o in zip(shape, offset, strict=True)))
+    shape = data.draw(shapes())
 
     def elements(region: Region) -> np.ndarray:
         return numbers[tuple(slice(o, o + n) for o, n in zip(region.offset, region.size, strict=True))]
 
     numbers = np.arange(int(np.prod(shape))).reshape(shape)
-    a, b = region(), region()
+    a, b = data.draw(region_in(shape)), data.draw(region_in(shape))
     common = a.intersection(b)
     expected = np.intersect1d(elements(a), elements(b))
     if common is None:
@@ -285,7 +307,7 @@ def test_a_manifest_that_does_not_add_up_is_refused(tmp_path: Path, boxes: list[
 
 
 def test_a_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
-    directory = save(tmp_path, 1, {"x": torch.ones(2)}, {}, keep=1)
+    directory = save(tmp_path, 1, whole({"x": torch.ones(2)}), {}, keep=1)
     shard = directory / "rank-00000.safetensors"
     shard.rename(tmp_path / "elsewhere")
     shard.symlink_to(tmp_path / "elsewhere")

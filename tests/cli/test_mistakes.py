@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -189,7 +190,11 @@ OVERRIDES = [
         "schedule={tokens: 81920, decay_tokens: 81921}",
         "schedule.decay_tokens=81921 is longer than the run (schedule.tokens=81920, 10 steps): shorten",
     ),
-    ("parallel.tensor=2", "parallel.tensor=2 needs at least 2 processes, this run has 1: start 2, or choose less"),
+    (
+        "parallel.tensor=2",
+        "parallel.tensor=2 needs at least 2 processes, this run has 1: start 2, or choose tensor=1, pipeline.size=1, "
+        "data=1",
+    ),
     ("parallel.data=2", "parallel.data=2 needs at least 2 processes, this run has 1"),
     (
         "parallel={tensor: 2, pipeline: {size: 4}}",
@@ -267,8 +272,30 @@ LAYOUTS = [
         "parallel.tensor=4 neither divides model.num_kv_heads=6 nor is a multiple of it: choose 1, 2, 3 or 6",
     ),
     ("parallel.tensor=2", 3, "parallel.tensor=2 does not divide this run's 3 processes: start a multiple of 2"),
-    ("parallel.tensor=2 parallel.data=2", 8, "makes 4 processes, this run has 8: set parallel.data=auto"),
+    (
+        "parallel={tensor: 2, data: 2}",
+        8,
+        "makes 4 processes, this run has 8: start 4, or choose tensor=2, pipeline.size=1, data=4; or tensor=2, "
+        "pipeline.size=2, data=2; or tensor=4, pipeline.size=1, data=2",
+    ),
+    (
+        "parallel={tensor: 4, pipeline: {size: 4}}",
+        8,
+        "start 16, or choose tensor=2, pipeline.size=4, data=1; or tensor=4, pipeline.size=2, data=1; or",
+    ),
+    ("parallel.tensor=2", 37, "start a multiple of 2, or choose another number: no layout of 37 fits the model and"),
     ("parallel.pipeline.size=16", 16, "parallel.pipeline.size=16 is more than model.num_layers=8: every chunk needs"),
+    (
+        "parallel.pipeline.size=2 parallel.pipeline.split=3,3,2",
+        2,
+        "parallel.pipeline.split='3,3,2' has 3 numbers for 2 stages: give each stage one",
+    ),
+    (
+        "parallel.pipeline.size=2 parallel.pipeline.split=3,4",
+        2,
+        "parallel.pipeline.split='3,4' has 7 layers, and model.num_layers=8: share out all of them",
+    ),
+    ("parallel.pipeline.size=2 parallel.pipeline.split=8,0", 2, "parallel.pipeline.split='8,0'"),
     (
         "parallel.pipeline.size=4 parallel.pipeline.chunks=4 parallel.pipeline.schedule=interleaved",
         4,
@@ -283,7 +310,9 @@ LAYOUTS = [
 def test_keys_or_a_layout_that_do_not_fit_are_named_with_its_mend(
     overrides: str, processes: int, message: str, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in mistake(capsys, "config", "show", config, "--processes", str(processes), *overrides.split())
+    assert message in mistake(
+        capsys, "config", "show", config, "--processes", str(processes), *re.split(r" (?=\w+(?:\.\w+)*=)", overrides)
+    )
 
 
 FILES = [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,25 @@ def test_the_example_of_all_sections_loads(tmp_path: Path) -> None:
     assert [source.weight for source in config.data.sources] == [0.5, 0.3]
     assert config.batch.micro_size == 8
     assert config.optimizer.betas == (0.9, 0.95)
+
+
+@settings(max_examples=60)
+@given(
+    tensor=st.sampled_from([1, 2, 3, 4, 8]),
+    pipeline=st.integers(1, 6),
+    data=st.none() | st.integers(1, 8),
+    processes=st.integers(1, 48),
+)
+def test_layouts_that_are_proposed_fit(tensor: int, pipeline: int, data: int | None, processes: int) -> None:
+    given_ = [f"parallel.tensor={tensor}", f"parallel.pipeline.size={pipeline}", f"parallel.data={data or 'auto'}"]
+    try:
+        with_overrides(*given_, world_size=processes)
+    except UserError as error:
+        for sizes in re.findall(r"tensor=(\d+), pipeline.size=(\d+), data=(\d+)", str(error)):
+            keys = "tensor", "pipeline.size", "data"
+            proposed = [f"parallel.{key}={size}" for key, size in zip(keys, sizes, strict=True)]
+            config = with_overrides(*proposed, world_size=processes).parallel
+            assert config.tensor * config.pipeline.size * int(config.data) == processes
 
 
 def test_defaults_are_derived_from_what_is_given() -> None:

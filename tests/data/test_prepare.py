@@ -18,9 +18,10 @@ import pytest
 import zstandard
 
 from megalm.cli import main
+from megalm.data.counts import SkipLimit
 from megalm.data.indexed import open_shard
 from megalm.data.manifest import Manifest
-from megalm.data.prepare import Settings, SkipLimit, prepare
+from megalm.data.prepare import Settings, prepare
 from megalm.data.shards import _ended
 from megalm.data.tokenizer import load_tokenizer
 from megalm.data.train_tokenizer import train_tokenizer

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data.prepare import Progress, Report, Settings, SkipLimit, prepare
+from megalm.data.counts import SkipLimit
+from megalm.data.prepare import Progress, Report, Settings, prepare
 from megalm.data.share import Share
 from megalm.data.train_tokenizer import train_tokenizer
 from megalm.errors import UserError

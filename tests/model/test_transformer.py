@@ -109,12 +109,12 @@ def test_bfloat16_stays_close_and_keeps_float32_parameters_and_gradients() -> No
 
 def test_the_losss_settings_reach_it() -> None:
     batch = documents([40, 24])
-    for settings in ({"z_loss": 0.1}, {"logit_softcap": 0.3}, {"z_loss": 0.1, "logit_softcap": 0.3}):
+    both = {"z_loss": 0.1, "logit_softcap": 0.3}
+    for settings in ({"z_loss": 0.1}, {"logit_softcap": 0.3}, both, {"label_smoothing": 0.2}):
         model = build(**settings)
         x_TD = model.hidden(*batch[:3])
-        wanted = reference_cross_entropy(
-            x_TD, model.output.weight, *batch[3:5], settings.get("z_loss", 0.0), settings.get("logit_softcap")
-        )
+        options = [settings.get("z_loss", 0.0), settings.get("logit_softcap"), settings.get("label_smoothing", 0.0)]
+        wanted = reference_cross_entropy(x_TD, model.output.weight, *batch[3:5], *options)
         for a, b in zip(model(batch), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
         assert (model.logits(x_TD).abs().max() < 0.3) == ("logit_softcap" in settings)

@@ -24,14 +24,15 @@ def inputs(tokens: int, width: int, vocab: int, dtype: torch.dtype) -> tuple[tor
     vocab=st.integers(2, 200),
     z_loss=st.sampled_from([0.0, 1e-3, 0.1]),
     softcap=st.none() | st.floats(1.0, 30.0),
+    smoothing=st.sampled_from([0.0, 0.1, 0.6]),
 )
 def test_it_equals_the_unsliced_definition_in_float64(
-    tokens: int, vocab: int, z_loss: float, softcap: float | None
+    tokens: int, vocab: int, z_loss: float, softcap: float | None, smoothing: float
 ) -> None:
     x_TD, w_VD, labels_T, counted_T = inputs(tokens, 12, vocab, torch.float64)
     results = []
     for function in (linear_cross_entropy, reference_cross_entropy):
-        objective, cross_entropy = function(x_TD, w_VD, labels_T, counted_T, z_loss, softcap)
+        objective, cross_entropy = function(x_TD, w_VD, labels_T, counted_T, z_loss, softcap, smoothing=smoothing)
         results.append([objective, cross_entropy, *torch.autograd.grad(objective * 0.37, (x_TD, w_VD))])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)

@@ -53,7 +53,7 @@ def test_norms_biases_and_embeddings_do_not_decay_and_every_parameter_is_in_one_
         max_positions=8, position="learned", qkv_bias=True,
     )  # fmt: skip
     model = Transformer(config)
-    optimizer = build_adamw(Optimizer(), model)
+    optimizer = build_adamw(Optimizer(), list(model.named_parameters()))
     kept = {n for n, p in model.named_parameters() if not decays(n, p)}
     assert {"embedding.weight", "position_embedding.weight", "final_norm.weight"} <= kept
     assert all("norm" in n or "bias" in n or "embedding" in n for n in kept)

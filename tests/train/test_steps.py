@@ -121,6 +121,21 @@ def test_the_size_of_micro_batches_changes_nothing(data: Path, tmp_path: Path, r
         assert one == pytest.approx(two, rel=1e-4)
 
 
+def test_what_drops_out_depends_on_the_sample_and_not_on_its_micro_batch(data: Path, tmp_path: Path) -> None:
+    curves = []
+    for number, changes in enumerate(("micro_size: 1", "micro_size: 4", "micro_size: 4", "micro_size: 4")):
+        rate = 0.0 if number == 3 else 0.3
+        settings = [f"batch={{global_size: 8, {changes}}}", f"model.dropout={rate}", "schedule.steps=9"]
+        if number == 2:
+            settings.append("run.recompute=full")
+        lines = train(write_config(data, tmp_path / f"run-{number}"), *OVERRIDES, *settings)
+        curves.append([(line["loss"], line["grad_norm"]) for line in lines])
+    for one, four in zip(curves[0], curves[1], strict=True):
+        assert one == pytest.approx(four, rel=1e-4)
+    assert curves[1] == curves[2]
+    assert curves[1][0][0] != pytest.approx(curves[3][0][0], rel=1e-6)
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_no_bit_of_a_run(data: Path, tmp_path: Path, recompute: str) -> None:
     curves = [

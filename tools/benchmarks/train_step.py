@@ -44,7 +44,7 @@ def our_step(dtype: torch.dtype, tokens_BS: torch.Tensor, compiled: bool) -> tup
     if compiled:
         for block in model.layers.values():
             block.compile()
-    optimizer = build_adamw(Optimizer(), model)
+    optimizer = build_adamw(Optimizer(), list(model.named_parameters()))
     total = tokens_BS.numel()
     segments = torch.arange(0, total + 1, LENGTH, dtype=torch.int32)
     positions_T, tokens_T = torch.arange(LENGTH).repeat(BATCH), tokens_BS.flatten()

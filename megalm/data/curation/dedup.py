@@ -23,6 +23,7 @@ import numpy as np
 import orjson
 import xxhash
 
+from megalm.data.counts import SkipLimit
 from megalm.data.curation import minhash
 from megalm.data.curation.documents import read_documents
 from megalm.data.curation.parts import (
@@ -40,7 +41,6 @@ from megalm.data.curation.parts import (
 )
 from megalm.data.curation.words import require_rensa
 from megalm.data.directory import new_directory
-from megalm.data.prepare import SkipLimit
 from megalm.data.sources import UNIT_BYTES, Unit
 from megalm.data.workers import map_in_order
 from megalm.errors import UserError
@@ -263,7 +263,7 @@ class _Scan:
 
     def finish(self, task: _WriteTask, part: _Written, named: dict[int, tuple[str, Any]]) -> None:
         """Notes what a part kept, and the names of its documents that are wanted."""
-        self.ledger.counts += part.counts
+        self.ledger.counts.add(part.counts)
         for document, (spot, id_) in part.named.items():
             name = place(task.unit, self._before[task.number], spot)
             named[self._starts[task.number] + document] = name, id_

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megalm.data.counts import SkipLimit
 from megalm.data.curation import quality
 from megalm.data.curation.decontaminate import Contamination
 from megalm.data.curation.documents import read_documents
@@ -35,7 +36,6 @@ from megalm.data.curation.parts import (
 )
 from megalm.data.curation.rules import Breach, Rules
 from megalm.data.directory import new_directory
-from megalm.data.prepare import SkipLimit
 from megalm.data.sources import UNIT_BYTES, Unit
 from megalm.data.workers import map_in_order
 from megalm.errors import UserError

@@ -19,11 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from megalm.data.counts import reasons
+from megalm.data.counts import Seen, SkipLimit, refuse_empty
 from megalm.data.curation.documents import Document
-from megalm.data.prepare import SkipLimit
 from megalm.data.sources import EMPTY, Unit, list_files, make_units
-from megalm.errors import UserError
 from megalm.files import write_atomic
 
 OWNED = re.compile(r"report\.json|part-\d+\.jsonl")
@@ -41,27 +39,16 @@ class Spot(NamedTuple):
 
 
 @dataclass
-class Counts:
-    """What was seen in one unit, or in all of them. `skipped` are records without a text, by reason."""
+class Counts(Seen):
+    """What was seen in one unit, or in all of them, and how much of it is kept."""
 
-    records: int = 0
-    documents: int = 0
-    text_bytes: int = 0
     kept: int = 0
     kept_bytes: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def __iadd__(self, other: Counts) -> Counts:
-        for name in ("records", "documents", "text_bytes", "kept", "kept_bytes"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.skipped += other.skipped
-        return self
 
     def to_json(self) -> dict[str, Any]:
         """What the report holds of it."""
-        names = ("records", "documents", "text_bytes", "kept", "kept_bytes")
         removed = {"removed": self.documents - self.kept, "removed_bytes": self.text_bytes - self.kept_bytes}
-        return {name: getattr(self, name) for name in names} | removed | {"skipped": dict(sorted(self.skipped.items()))}
+        return super().to_json() | removed
 
 
 @dataclass
@@ -110,22 +97,15 @@ class Ledger:
             path, records = self._last
             before.append(records if path == piece.path else 0)
             self._last = piece.path, before[-1] + found.piece_records[i]
-        self.counts += found.counts
+        self.counts.add(found.counts)
         for spot, reason in found.faults[: EXAMPLES - len(self.faults)]:
             self.faults.append(f"{place(unit, before, spot)}: {reason}")
         return before
 
     def check(self) -> None:
         """A `UserError` if more records are faulty than the limit allows, or none has a text."""
-        faulty = Counter({reason: count for reason, count in self.counts.skipped.items() if reason != EMPTY})
-        found = reasons(self.counts.skipped)
-        if not self._limit.allows(faulty.total(), self.counts.records):
-            raise UserError(
-                f"--input: {faulty.total()} of {self.counts.records} records are faulty ({found}; first "
-                f"{self.faults[0]}), more than --max-skipped allows: mend them, or raise it"
-            )
-        if self.counts.documents == 0:
-            raise UserError(f"--input: no document in it has a text{f' ({found})' if found else ''}")
+        self._limit.check(self.counts, lambda: self.faults)
+        refuse_empty(self.counts, self.counts.documents)
 
 
 def place(unit: Unit, before: Sequence[int], spot: Spot) -> str:

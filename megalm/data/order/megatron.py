@@ -22,26 +22,16 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 
 from megalm._order import blend
+from megalm.data.dataset import Source
 from megalm.data.order.pieces import Pieces
 from megalm.errors import UserError
 
 SURPLUS = 0.005  # samples that are built beyond what a source's weight asks for
 SEPARATE_BELOW = 0.80  # share of the last epoch below which it is shuffled for itself
-
-
-class Sequences(Protocol):
-    """A source that knows the lengths of its sequences."""
-
-    name: str
-
-    def sequence_lengths(self) -> np.ndarray:
-        """Tokens of each sequence, over all shards: int32."""
-        ...
 
 
 def training_documents(split: str, documents: int) -> int:
@@ -74,12 +64,6 @@ class SourceIndex:
         self.shuffle_index = np.concatenate([_shuffled_range(a, b, kind, random) for a, b in pairwise(cuts)])
         self._starts = np.cumsum(lengths[:documents], dtype=np.int64) - lengths[:documents]
         self._ends = np.cumsum(lengths[self.document_index], dtype=np.int64)
-
-    def sample_index(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where samples (before shuffling) start: position in the document index, and token in that document."""
-        first = sample * self._length
-        position = np.searchsorted(self._ends, first, side="right")
-        return position, first - self._begin(position)
 
     def pieces(self, rank: int) -> list[tuple[int, int]]:
         """First token in the source, and length, of the pieces of the shuffled sample `rank`."""
@@ -148,7 +132,7 @@ class Megatron:
     """The samples of all sources, `wanted[s]` at least of source s, from the part of each that `split` trains on."""
 
     def __init__(
-        self, sources: Sequence[Sequences], wanted: Sequence[int], split: str, sequence_length: int, seed: int
+        self, sources: Sequence[Source], wanted: Sequence[int], split: str, sequence_length: int, seed: int
     ) -> None:
         self._split = split
         self.indices: list[SourceIndex] = []

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 
 class Op(Enum):
@@ -44,11 +45,28 @@ class Action:
         return f"{self.op.value}{self.stage}" + (f".{self.micro_batch}" if self.micro_batch >= 0 else "")
 
 
+def parse_action(text: str) -> Action:
+    """The inverse of `str(action)`; raises ValueError for anything else."""
+    place = text.lstrip("".join(op.value for op in Op))
+    stage, _, micro_batch = place.partition(".")
+    return Action(Op(text.removesuffix(place)), int(stage), int(micro_batch or -1))
+
+
 Plan = tuple[tuple[Action, ...], ...]
 """For each pipeline rank, its actions in order."""
 
 Placement = tuple[int, ...]
 """For each stage, in the order of the layers, the pipeline rank that holds it."""
+
+
+Orders = tuple[tuple[Action, ...], ...]
+"""A plan before it is lowered: for each pipeline rank its F, B, I and W in order."""
+
+Schedule = Literal["gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "interleaved-zb", "zbv", "dualpipev", "auto"]
+
+
+class PlanError(ValueError):
+    """A plan that breaks a law; says which and where."""
 
 
 def looped(ranks: int, chunks: int) -> Placement:
@@ -59,6 +77,24 @@ def looped(ranks: int, chunks: int) -> Placement:
 def v_shaped(ranks: int) -> Placement:
     """Down and back up: rank r holds the stages r and 2 ranks - 1 - r, so rank 0 has the first and the last."""
     return (*range(ranks), *reversed(range(ranks)))
+
+
+def placement_of(schedule: Schedule, ranks: int, chunks: int) -> Placement:
+    """Where a schedule has its stages. It depends on nothing that changes during a run."""
+    return v_shaped(ranks) if ranks > 1 and schedule in ("zbv", "dualpipev") else looped(ranks, chunks)
+
+
+def peer(op: Op, stage: int, placement: Placement) -> int:
+    """The pipeline rank at the other end of a send or receive."""
+    return placement[stage + (1 if op in (Op.SEND_ACTIVATION, Op.RECEIVE_GRADIENT) else -1)]
+
+
+def travels_down(op: Op, stage: int, placement: Placement) -> bool:
+    """Whether a message is one of the group `down` (from a rank to the next one, the last one's next is the first), not
+    `up`. Of two neighbouring stages, activations take one group and gradients the other, even with two ranks."""
+    first = stage if op in (Op.SEND_ACTIVATION, Op.RECEIVE_GRADIENT) else stage - 1
+    down = placement[first + 1] == (placement[first] + 1) % (max(placement) + 1)
+    return down is (op in (Op.SEND_ACTIVATION, Op.RECEIVE_ACTIVATION))
 
 
 def one_stage_plan(micro_batches: int, forward_only: bool = False) -> Plan:

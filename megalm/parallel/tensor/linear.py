@@ -76,7 +76,7 @@ def _parameters(parts: dict[str, Part]) -> tuple[nn.Parameter, nn.Parameter | No
 
 def _is_plain(tp: TensorParallel) -> bool:
     """Whether autograd's own linear layer does all that is asked for."""
-    return tp.axis.size == 1 and tp.queue is None
+    return tp.axis.size == 1 and (tp.queue is None or not tp.queue.splits)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -176,7 +176,8 @@ class _Column(torch.autograd.Function):
         gx_RD = (start_scatter_sum if tp.shards_rows else start_sum)(gx_TD, tp.axis)
         bias_gradients = [g_TF.sum(0, dtype=bias.dtype) for g_TF, bias in zip(gradients, biases, strict=False)]
         weight_gradients = products.now_or_later()
-        return wait(gx_RD), None, None, *weight_gradients, *bias_gradients
+        gx_RD = gx_RD if gx_RD is gx_TD else wait(gx_RD)
+        return gx_RD, None, None, *weight_gradients, *bias_gradients
 
 
 class _Row(torch.autograd.Function):
@@ -194,7 +195,7 @@ class _Row(torch.autograd.Function):
             y_RD = wait(coming[0]) if len(coming) == 1 else torch.cat([wait(y_CD) for y_CD in coming])
         else:
             y_RD = wait(start_sum(F.linear(x_TF, narrow), tp.axis))
-        return y_RD if bias is None else y_RD.add_(bias.to(y_RD.dtype))
+        return y_RD if bias is None else y_RD + bias.to(y_RD.dtype)  # not in place: recomputation may keep it
 
     @staticmethod
     def backward(ctx, g_RD):  # type: ignore[no-untyped-def]

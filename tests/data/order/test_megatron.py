@@ -147,11 +147,16 @@ def test_the_three_indices_are_megatrons(
     for one, other in ((index.document_index, document_index), (index.shuffle_index, shuffle_index)):
         assert one.dtype == other.dtype
         assert one.tolist() == other.tolist()
-    position, offset = index.sample_index(np.arange(index.samples + 1))
-    # Megatron puts the first sample on the first document even if that is empty.
-    assert position[1:].tolist() == sample_index[1:, 0].tolist()
-    assert offset[1:].tolist() == sample_index[1:, 1].tolist()
-    assert offset[0] == sample_index[0, 1] == 0
+    starts = np.cumsum(sizes) - sizes
+    for rank, sample in enumerate(shuffle_index[:100].tolist()):
+        (first, skip), (last, end) = sample_index[sample : sample + 2].tolist()
+        pieces = []  # Megatron's: from a token of one document to a token of another, that one included
+        for position in range(first, last + 1):
+            document = document_index[position]
+            start = skip if position == first else 0
+            stop = end + 1 if position == last else sizes[document]
+            pieces.append((starts[document] + start, stop - start))
+        assert index.pieces(rank) == [(start, tokens) for start, tokens in pieces if tokens]
 
 
 @given(weights=st.lists(st.floats(1e-3, 1), min_size=1, max_size=40), samples=st.integers(0, 2000))

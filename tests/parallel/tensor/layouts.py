@@ -39,6 +39,8 @@ class Case:
     deferred: bool = False
     recompute: str = "none"
     dtype: torch.dtype = torch.float64
+    documents: int = 2
+    compiled: bool = False
     seed: int = 3
 
 
@@ -48,11 +50,11 @@ def tensor_mesh(copies: int = 1) -> Mesh:
     return build_mesh(layout, torch.device("cpu"), timeout, copies)
 
 
-def batch(vocabulary: int = 97, length: int = 32, sequences: int = 2) -> ModelInputs:
-    """Sequences of two documents each."""
+def batch(vocabulary: int = 97, length: int = 32, sequences: int = 2, documents: int = 2) -> ModelInputs:
+    """Sequences of one or two documents each."""
     total = length * sequences
     tokens_T = torch.randint(vocabulary, (total,), generator=torch.Generator().manual_seed(total))
-    ends = [0] + [end for s in range(sequences) for end in (s * length + length // 3, (s + 1) * length)]
+    ends = [0] + [end for s in range(sequences) for end in (s * length + length // 3, (s + 1) * length)[-documents:]]
     positions_T = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(ends)])
     counted_T = torch.rand(total, generator=torch.Generator().manual_seed(1)) < 0.8
     keys_B = sequence_keys(11, torch.arange(sequences) + 40)
@@ -65,6 +67,9 @@ def build(case: Case, tp: TensorParallel | None = None, **options: Any) -> Trans
     config = Model(**{**SHAPE, **case.changes})
     model = Transformer(config, case.dtype, case.recompute, tp=tp, **options)
     initialise(model, case.seed)
+    if case.compiled:
+        for block in model.layers.values():
+            block.compile()
     return model.to(case.dtype)
 
 
@@ -81,7 +86,7 @@ class Result:
 def backward(model: Transformer, case: Case) -> Result:
     """A forward and a backward pass, and what belongs to it."""
     queue = model.tp.queue
-    objective, cross_entropy = model(batch(), scale=0.01)
+    objective, cross_entropy = model(batch(documents=case.documents), scale=0.01)
     if case.deferred:
         assert queue is not None
         with queue.defer("W"):

@@ -36,6 +36,14 @@ def test_float32_stays_close() -> None:
     assert_same(run_ranks(2, on_tensor_ranks, case), backward(build(case), case), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_compiled_blocks_equal_eager_ones(recompute: str) -> None:
+    case = Case({"num_layers": 1}, recompute=recompute, dtype=torch.float32)
+    ranks = run_ranks(2, on_tensor_ranks, replace(case, compiled=True), timeout=280)
+    assert_same(ranks, backward(build(case), case), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", [Case({"qk_norm": True}), Case(GPT, sequence=False), Case(recompute="full")], ids=str)
 def test_weight_gradients_that_wait_are_the_same_bit_for_bit(case: Case) -> None:
     later = replace(case, deferred=True)

@@ -13,6 +13,10 @@ from pathlib import Path
 from megalm.errors import UserError
 
 
+class NoLocks(UserError):
+    """The file system has none."""
+
+
 class Lock:
     """A lock that is held, until `release`."""
 
@@ -29,7 +33,7 @@ class Lock:
 
     def change(self, shared: bool) -> bool:
         """Makes it shared or exclusive; False, and the lock may be lost, if others are in the way."""
-        return _flock(self._descriptor, shared, wait=False)
+        return _flock(self._path, self._descriptor, shared, wait=False)
 
     def release(self) -> None:
         os.close(self._descriptor)
@@ -44,12 +48,12 @@ class Lock:
 def lock(path: Path, shared: bool = False, wait: bool = True) -> Lock | None:
     """Locks the file `path`, made if it is missing; None if others hold it and this is not to `wait` for them.
 
-    FileNotFoundError if the directory of `path` is missing, or was removed while this waited.
+    FileNotFoundError if the directory of `path` is missing, or was removed while this waited; NoLocks.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if not _flock(descriptor, shared, wait):
+            if not _flock(path, descriptor, shared, wait):
                 os.close(descriptor)
                 return None
         except BaseException:
@@ -61,7 +65,7 @@ def lock(path: Path, shared: bool = False, wait: bool = True) -> Lock | None:
         held.release()  # the file was removed meanwhile
 
 
-def _flock(descriptor: int, shared: bool, wait: bool) -> bool:
+def _flock(path: Path, descriptor: int, shared: bool, wait: bool) -> bool:
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
@@ -69,6 +73,6 @@ def _flock(descriptor: int, shared: bool, wait: bool) -> bool:
         return False
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise UserError("--output: its file system has no locks (flock): choose another") from None
+            raise NoLocks(f"{path.parent}: its file system has no locks (flock): choose another") from None
         raise
     return True

@@ -1,0 +1,49 @@
+"""Starts the ranks of a run on this machine, through torch's elastic agent, which gives each its place in the
+environment, watches them, and ends all when one fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from megalm.errors import UserError
+
+TO_END = "120"  # seconds that ranks have to end well, with a checkpoint, when the run is asked to stop
+
+
+def start_local(processes: int, arguments: Sequence[str]) -> int:
+    """Runs `python -m megalm.train ARGUMENTS` in `processes` ranks; returns an exit code: 0, the first failed rank's,
+    or 128 and the number of the signal that ended the run."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", TO_END)
+    # As torchrun does: with several processes a machine, each would otherwise start a thread for each core.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "megalm.train", *arguments)
+    except SignalException as ended:
+        return 128 + ended.sigval
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode  # it has said why
+        name = signal.Signals(-failure.exitcode).name
+        raise UserError(
+            f"rank {rank} (process {failure.pid}) was ended by {name}: see what the other ranks say"
+        ) from None
+    return 0

@@ -1,0 +1,234 @@
+"""The processes of a run: they agree before anything is made, and when one fails all end, and say which.
+
+    prepare on each rank -> facts to the store -> rank 0 compares -> process group -> work
+
+    failure:   who fails leaves a word in the store -> every rank's watching thread answers -> who does not answer is
+               named; if all do, the word's writer is -> all exit
+
+Nothing is sent while all is well. A collective that fails or times out does not tell which rank is to blame, since a
+dead or stopped rank breaks the collectives of many; silence in the roll call does. The thread answers while the main
+thread is stuck in a collective, and ends a process that stays so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import Store
+
+from megalm.errors import RunFailed, UserError
+from megalm.launch.ranks import Process
+
+T = TypeVar("T")
+WORD, HERE = "megalm/failed", "megalm/here"
+POLL, GRACE = 1.0, 6.0  # seconds between looks at the store; seconds that the others have to answer
+
+
+class World:
+    """The run's processes, seen from `process`. With one process nothing is sent and no thread is started."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self._store: Store | None = None
+        self._done = threading.Event()
+
+    def agree(self, prepare: Callable[[], T], facts: Callable[[T], Mapping[str, str]], timeout: float) -> T:
+        """What `prepare` gives, if it gives the same `facts` on every rank. Its UserError on any rank ends all: rank 0
+        raises it, the others a RunFailed without words. Waits at most `timeout` seconds for the others."""
+        if self.process.size == 1:
+            return prepare()
+        prepared, found, mistake = None, {}, ""
+        try:
+            prepared = prepare()
+            found = dict(facts(prepared))
+        except (UserError, OSError) as error:
+            mistake = str(error)
+        self._store = self._connect(timeout)
+        word = json.dumps({"host": socket.gethostname(), "mistake": mistake, "facts": found})
+        self._store.set(f"megalm/start/{self.process.rank}", word)
+        verdict = self._verdict(timeout)
+        if verdict:
+            raise UserError(verdict) if self.process.rank == 0 else RunFailed("", 2)
+        assert prepared is not None
+        return prepared
+
+    @contextmanager
+    def joined(self, device: torch.device, timeout: float) -> Iterator[None]:
+        """The default process group while inside. What any rank raises there ends all ranks."""
+        if self._store is None:
+            yield
+            return
+        rank, size = self.process.rank, self.process.size
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        watch = threading.Thread(target=self._watch, args=(self._connect(timeout),), daemon=True)
+        watch.start()
+        try:
+            limit = timedelta(seconds=timeout)
+            where = device if device.type == "cuda" else None
+            dist.init_process_group(
+                backend, store=self._store, rank=rank, world_size=size, timeout=limit, device_id=where
+            )
+            yield
+            dist.barrier()  # a group that goes while a peer still uses it may end the process
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise self._failure(error) from error
+        finally:
+            self._done.set()
+            watch.join()
+        dist.destroy_process_group()
+
+    def _connect(self, timeout: float) -> Store:
+        process = self.process
+        where = f"{process.address}:{process.port}"
+        try:
+            return dist.TCPStore(
+                process.address,
+                process.port,
+                is_master=process.rank == 0 and not process.agent,
+                timeout=timedelta(seconds=timeout),
+                wait_for_workers=False,  # so that those who are missing can be named
+                multi_tenant=True,
+            )
+        except dist.DistNetworkError as error:
+            if process.rank == 0 and not process.agent:
+                raise UserError(f"MASTER_PORT={process.port}: cannot listen there: choose another one") from error
+            raise RunFailed(f"rank {process.rank}: nobody answers at {where} within {timeout:.0f} s", 1) from error
+
+    def _verdict(self, timeout: float) -> str:
+        """What rank 0 finds when it compares all ranks; empty if all are alike."""
+        store, key = self._store, "megalm/verdict"
+        assert store is not None
+        if self.process.rank:
+            try:
+                store.wait([key], timedelta(seconds=timeout + GRACE))
+            except (dist.DistStoreError, dist.DistNetworkError):
+                raise RunFailed("", 1) from None
+            return store.get(key).decode()
+        starts, deadline = [], time.monotonic() + timeout
+        for rank in range(self.process.size):
+            name = f"megalm/start/{rank}"
+            try:
+                store.wait([name], timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+            except dist.DistStoreError:
+                break
+            starts.append(json.loads(store.get(name)))
+        if len(starts) < self.process.size:
+            verdict = f"rank {len(starts)} of {self.process.size} did not start within {timeout:.0f} s (run.timeout)"
+        else:
+            verdict = compare(starts)
+        store.set(key, verdict)
+        return verdict
+
+    def _watch(self, store: Store) -> None:
+        """Answers the roll call, and ends a process whose main thread stays in a collective after a failure."""
+        while not self._done.wait(POLL):
+            try:
+                failed = store.check([WORD])
+                if failed:
+                    store.set(f"{HERE}/{self.process.rank}", "")
+            except RuntimeError:  # the store's process is gone
+                failed = True
+            if failed:
+                break
+        else:
+            return
+        if not self._done.wait(3 * GRACE):
+            try:
+                failure = self._judge(store)
+            except RuntimeError:
+                failure = RunFailed("the process that kept the store is gone", 1)
+            if str(failure):
+                print("megalm: error:", failure, file=sys.stderr, flush=True)
+            os._exit(failure.code)
+
+    def _failure(self, error: BaseException) -> BaseException:
+        """What this rank ends with after `error`: the error itself if it began here."""
+        assert self._store is not None
+        ours = isinstance(error, UserError)
+        code = 2 if ours else 1
+        text = " ".join(str(error).split()) or type(error).__name__
+        word = json.dumps(
+            {
+                "rank": self.process.rank,
+                "error": text if ours else f"{type(error).__name__}: {text}"[:500],
+                "code": code,
+            }
+        )
+        try:
+            self._store.compare_set(WORD, "", word)
+            self._store.set(f"{HERE}/{self.process.rank}", "")
+            failure = self._judge(self._store)
+        except RuntimeError:
+            return RunFailed(f"rank {self.process.rank}: {text} (the process that kept the store is gone)", 1)
+        first = json.loads(self._store.get(WORD))["rank"]
+        if ours and (self.process.rank == 0 or not str(failure)):
+            return error if self.process.rank == 0 else RunFailed("", 2)
+        if first == self.process.rank and not _of_network(error):
+            return error  # with its traceback
+        return failure
+
+    def _judge(self, store: Store) -> RunFailed:
+        """Calls the roll, and says on the lowest rank that answers who ended the run."""
+        keys = [f"{HERE}/{rank}" for rank in range(self.process.size)]
+        deadline = time.monotonic() + GRACE
+        while not (everyone := store.check(keys)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        silent = [] if everyone else [rank for rank, key in enumerate(keys) if not store.check([key])]
+        word = json.loads(store.get(WORD))
+        speaker = min(rank for rank in range(self.process.size) if rank not in silent)
+        if self.process.rank != speaker:
+            return RunFailed("", 1 if silent else word["code"])
+        if not silent:
+            return RunFailed(f"rank {word['rank']}: {word['error']}", word["code"])
+        names = [f"{rank} ({json.loads(store.get(f'megalm/start/{rank}'))['host']})" for rank in silent]
+        return RunFailed(
+            f"rank {', '.join(names)} no longer answers: it was killed, stopped or cut off; rank {word['rank']} "
+            f"noticed: {word['error']}",
+            1,
+        )
+
+
+def _of_network(error: BaseException) -> bool:
+    """Whether a collective failed, which says nothing of this rank."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def compare(starts: list[dict[str, Any]]) -> str:
+    """One line on the first thing in which ranks differ, naming the odd ones; empty if all are alike."""
+    mistakes = {rank: start["mistake"] for rank, start in enumerate(starts) if start["mistake"]}
+    if mistakes:
+        rank, mistake = min(mistakes.items())
+        everyone = len(mistakes) == len(starts)
+        return mistake if everyone else f"rank {rank} ({starts[rank]['host']}): {mistake}"
+    for name in starts[0]["facts"]:
+        values = [start["facts"].get(name, "") for start in starts]
+        common, count = Counter(values).most_common(1)[0]
+        if count < len(values):
+            rank = next(rank for rank, value in enumerate(values) if value != common)
+            return (
+                f"rank {rank} ({starts[rank]['host']}) has another {name} than {count} of {len(values)} ranks: "
+                f"{_difference(values[rank], common)}: start all ranks alike"
+            )
+    return ""
+
+
+def _difference(odd: str, common: str) -> str:
+    """The first lines in which two texts differ."""
+    for ours, theirs in zip(odd.splitlines(), common.splitlines(), strict=False):
+        if ours != theirs:
+            return f"{ours.strip()[:100]} instead of {theirs.strip()[:100]}"
+    return "more or fewer lines"

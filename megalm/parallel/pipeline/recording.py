@@ -1,0 +1,78 @@
+"""When each action of one step ran, on all pipeline ranks: what `megalm plan schedule` draws beside the simulated plan.
+
+    {"schedule": "1f1b", "placement": [0, 1], "micro_batches": 8, "bytes": 131072,
+     "ranks": [[{"action": "F0.0", "start": 0.0012, "end": 0.0034}, ...], ...]}
+
+Seconds from a moment that all ranks agree on, for they leave a barrier together. A receive is as long as the rank waits
+for it. On a GPU the times are those of its stream, measured with events, and recording them waits for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalm.files import write_atomic
+from megalm.parallel.mesh import Mesh
+from megalm.parallel.pipeline.plan import Action, Placement
+
+
+class Recording:
+    """Of the one step that it is given to; made by all ranks of a pipeline just before it."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.bytes = 0
+        """What this rank sends in the step."""
+        self._spans: list[tuple[Action, Any, Any]] = []
+        self._on_gpu = mesh.device.type == "cuda"
+        if self._on_gpu:
+            torch.cuda.synchronize(mesh.device)
+        if mesh.pipeline.group is not None:
+            dist.barrier(mesh.pipeline.group)
+        self._zero = self._now()
+
+    @contextmanager
+    def span(self, action: Action) -> Iterator[None]:
+        """`action` runs inside of this block."""
+        start = self._now()
+        yield
+        self._spans.append((action, start, self._now()))
+
+    def write(self, path: Path, schedule: str, placement: Placement, micro_batches: int) -> None:
+        """Brings the ranks' times together and writes the file, once; all ranks of all pipelines call it."""
+        if self._on_gpu:
+            torch.cuda.synchronize(self.mesh.device)
+        mine = [
+            {"action": str(action), "start": self._seconds(start), "end": self._seconds(end)}
+            for action, start, end in self._spans
+        ]
+        ranks: list[Any] = [(mine, self.bytes)] * self.mesh.pipeline.size
+        if self.mesh.pipeline.group is not None:
+            dist.all_gather_object(ranks, (mine, self.bytes), group=self.mesh.pipeline.group)
+        if self.mesh.rank == 0:
+            content = {
+                "schedule": schedule,
+                "placement": placement,
+                "micro_batches": micro_batches,
+                "bytes": sum(sent for _, sent in ranks),
+                "ranks": [spans for spans, _ in ranks],
+            }
+            write_atomic(path, json.dumps(content).encode())
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, moment: Any) -> float:
+        return self._zero.elapsed_time(moment) / 1000 if self._on_gpu else moment - self._zero

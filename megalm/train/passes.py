@@ -1,0 +1,99 @@
+"""A step's forward and backward passes through all stages, wherever they are: plan -> executor -> stages.
+
+The plan depends on the number of micro-batches, which a batch ramp changes and evaluation has its own of; each plan is
+made, and checked, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megalm.config.sections import Pipeline, known
+from megalm.model.transformer import ModelInputs, Transformer
+from megalm.parallel.mesh import Mesh
+from megalm.parallel.pipeline.executor import Executor
+from megalm.parallel.pipeline.plan import Placement
+from megalm.parallel.pipeline.planner import plan_schedule
+from megalm.parallel.pipeline.recording import Recording
+from megalm.parallel.pipeline.simulate import Costs
+from megalm.parallel.pipeline.tied import add_tied_gradients
+from megalm.parallel.zero.sync import GradientSync, NoSync
+
+
+class Passes:
+    """The stages on this rank, by number, and how micro-batches go through them."""
+
+    def __init__(
+        self,
+        stages: Mapping[int, Transformer],
+        syncs: Mapping[int, GradientSync],
+        mesh: Mesh,
+        pipeline: Pipeline,
+        placement: Placement,
+        costs: Costs,
+    ) -> None:
+        self.stages, self.syncs, self.mesh = stages, syncs, mesh
+        self.pipeline, self.placement, self.costs = pipeline, placement, costs
+        self._any = next(iter(stages.values()))
+        self._executors: dict[tuple[int, bool], Executor] = {}
+
+    @classmethod
+    def of(cls, model: Transformer) -> Passes:
+        """A whole model in one process."""
+        mesh = Mesh(device=next(model.parameters()).device)
+        return cls({0: model}, {0: NoSync()}, mesh, Pipeline(chunks=1), (0,), Costs.uniform(1))
+
+    @property
+    def predicts(self) -> bool:
+        """Whether this rank is the one, of those that hold the last stage, whose sums over its tokens count."""
+        return self.placement[-1] == self.mesh.pipeline.rank and self.mesh.tensor.rank == 0
+
+    def run(self, batches: Sequence[ModelInputs], scale: float | None, recording: Recording | None = None) -> Tensor:
+        """Takes micro-batches forward, and with a `scale` of the objective backward: the gradients, sums over the data
+        ranks, are then in the parameters' `.grad`. Returns the cross-entropy of this data rank's micro-batches in nats,
+        float64, on the ranks of the last stage, and 0 on the others."""
+        nats = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+
+        def forward(number: int, micro_batch: int, x_RD: Tensor | None) -> Tensor:
+            output = self.stages[number](batches[micro_batch], x_RD, scale=scale or 1.0)
+            if isinstance(output, Tensor):
+                return output
+            objective, cross_entropy = output
+            nats.add_(cross_entropy)
+            return objective
+
+        shapes = [(len(self._any.tp.local_rows(b.tokens_T)), self._any.config.hidden_size) for b in batches]
+        self._executor(len(batches), scale is None).step(forward, shapes, recording)
+        return nats
+
+    def _executor(self, micro_batches: int, forward_only: bool) -> Executor:
+        key = micro_batches, forward_only
+        if key not in self._executors:
+            tied, chunks = self._any.config.tie_embeddings, known(self.pipeline.chunks)
+            plan = plan_schedule(
+                self.pipeline.schedule,
+                self.mesh.pipeline.size,
+                chunks,
+                micro_batches,
+                self.costs,
+                tied=tied,
+                forward_only=forward_only,
+            )
+            self._executors[key] = Executor(
+                plan[self.mesh.pipeline.rank],
+                self.syncs,
+                self.placement,
+                self.mesh,
+                self._any.tp.queue,
+                self._any.compute,
+                self._add_tied,
+            )
+        return self._executors[key]
+
+    def _add_tied(self) -> None:
+        ends = self.placement[0], self.placement[-1]
+        copies = [s.output.weight for s in self.stages.values() if s.stage.embeds or s.stage.predicts]
+        add_tied_gradients(copies, self.mesh.pipeline, ends)

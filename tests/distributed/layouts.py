@@ -1,0 +1,70 @@
+"""Short training runs in several ranks, for tests that compare layouts."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from ranks import run_ranks
+
+from megalm.config import resolve
+from megalm.launch.ranks import Process
+from megalm.train.build import build_inputs
+from megalm.train.signals import StopRequest
+from megalm.train.trainer import Trainer
+
+STEPS = 20
+Curve = list[tuple[float, float]]
+
+
+def settings(data: Path, model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A config for eight layers with grouped-query attention, on documents of uneven lengths."""
+    shape = {"num_layers": 8, "hidden_size": 32, "num_heads": 8, "num_kv_heads": 2, "ffn_size": 64}
+    return {
+        "run": {"dir": str(data / "nowhere"), "device": "cpu", "timeout": 60.0},
+        "model": shape | (model or {}),
+        "tokenizer": {"path": "byte"},
+        "data": {
+            "sequence_length": 32,
+            "sources": [{"name": name, "path": str(data / name)} for name in ("a", "b")],
+            "validation": {"samples": 2},
+        },
+        "batch": {"global_size": 8, "micro_size": 1},
+        "schedule": {"steps": STEPS, "warmup_steps": 2},
+        "optimizer": {"learning_rate": 1e-3, "eps": 1e-5},
+        "log": {"tensorboard": False},
+    } | sections
+
+
+def losses_and_norms(raw: dict[str, Any]) -> Curve:
+    """One rank's part of a run, without a directory."""
+    config = resolve(raw, dist.get_world_size())
+    inputs = build_inputs(config, Process(dist.get_rank(), dist.get_rank(), dist.get_world_size()))
+    trainer = Trainer(inputs, Path(config.run.dir))
+    trainer.peak = 1.0
+    stream = trainer.stream()
+    lines = [trainer.step(stream, StopRequest()) for _ in range(STEPS)]
+    stream.close()
+    return [(line["loss"], line["grad_norm"]) for line in lines]
+
+
+def curve(raw: dict[str, Any], parallel: dict[str, Any] | None = None) -> Curve:
+    """The losses and gradient norms of a run under a layout, which all ranks must agree on."""
+    parallel = parallel or {}
+    size = parallel.get("tensor", 1) * parallel.get("data", 1) * parallel.get("pipeline", {}).get("size", 1)
+    first, *others = run_ranks(size, losses_and_norms, raw | {"parallel": parallel | {"data": parallel.get("data", 1)}})
+    assert all(other == first for other in others)
+    return first
+
+
+def all_layouts() -> list[dict[str, Any]]:
+    """Every (tensor, data_shard, data_replicate, stage) of at most 8 ranks, stages without data ranks left out."""
+    sizes = (1, 2, 4, 8)
+    found = []
+    for tensor, shard, replicate, stage in product(sizes, sizes, sizes, range(4)):
+        data = shard * replicate
+        if 1 < tensor * data <= 8 and (data > 1 or stage == 1) and (stage > 0 or shard == 1):
+            found.append({"tensor": tensor, "data": data, "zero": {"stage": stage, "shard": shard}})
+    return found

@@ -1,0 +1,84 @@
+"""A layout never changes the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layouts import Curve, all_layouts, curve, settings
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "interleaved-zb", "zbv", "dualpipev", "auto")
+MODELS = {"untied": {"tie_embeddings": False}, "tied": {"tie_embeddings": True, "num_kv_heads": 4, "qk_norm": True}}
+
+
+def pipeline(schedule: str, size: int, **others: Any) -> dict[str, Any]:
+    return {"pipeline": {"size": size, "schedule": schedule}, **others}
+
+
+SOME = [
+    {"tensor": 2},
+    {"tensor": 4, "sequence_sharding": False},
+    {"data": 2, "zero": {"stage": 0}},
+    {"data": 4, "zero": {"stage": 1, "shard": 2}},
+    {"tensor": 2, "data": 2, "zero": {"stage": 2}},
+    {"tensor": 2, "data": 2, "zero": {"stage": 3}},
+    *(pipeline(schedule, 2) for schedule in SCHEDULES),
+    pipeline("1f1b", 2, tensor=2, data=2, zero={"stage": 3}),
+    pipeline("zbv", 2, data=2, zero={"stage": 2}),
+    pipeline("interleaved-zb", 4),
+]
+ALL = [
+    *all_layouts(),
+    *(pipeline(schedule, size) for schedule in SCHEDULES for size in (2, 4)),
+    *(
+        pipeline(schedule, 2, tensor=tensor, data=data, zero={"stage": stage})
+        for schedule in SCHEDULES
+        for tensor, data in ((1, 2), (2, 1), (2, 2), (1, 4))
+        for stage in (range(4) if data > 1 else (1,))
+    ),
+]
+
+
+def name_of(layout: dict[str, Any]) -> str:
+    stage = layout.get("pipeline", {})
+    zero = layout.get("zero", {})
+    words = [f"{stage['schedule']}{stage['size']}"] if stage else []
+    words += [f"{key}{layout[key]}" for key in ("tensor", "data") if key in layout]
+    words += [f"{key}{value}" for key, value in zero.items()]
+    return "-".join(words)
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path) -> dict[str, Curve]:
+    """What one process gives."""
+    return {name: curve(settings(data, model)) for name, model in MODELS.items()}
+
+
+@pytest.mark.parametrize("layout", SOME, ids=name_of)
+def test_a_layout_gives_the_losses_and_norms_of_one_process(
+    data: Path, alone: dict[str, Curve], layout: dict[str, Any]
+) -> None:
+    name = list(MODELS)[SOME.index(layout) % 2]
+    assert_same(curve(settings(data, MODELS[name]), layout), alone[name], 1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", ALL, ids=name_of)
+def test_every_layout_gives_the_losses_and_norms_of_one_process(
+    data: Path, alone: dict[str, Curve], layout: dict[str, Any], model: str
+) -> None:
+    assert_same(curve(settings(data, MODELS[model]), layout), alone[model], 1e-5)
+
+
+@pytest.mark.parametrize("layout", [SOME[4], SOME[5], SOME[-3]], ids=name_of)
+def test_in_bfloat16_layouts_stay_close(data: Path, layout: dict[str, Any]) -> None:
+    raw = settings(data, precision={"compute": "bfloat16"})
+    assert_same(curve(raw, layout), curve(raw), 2e-2)
+
+
+def assert_same(ours: Curve, theirs: Curve, tolerance: float) -> None:
+    assert len({loss for loss, _ in theirs}) == len(theirs), "it trains"
+    for step, (line, wanted) in enumerate(zip(ours, theirs, strict=True), 1):
+        assert line == pytest.approx(wanted, rel=tolerance), f"step {step}"
