@@ -79,12 +79,14 @@ setup(
         "zstandard",
     ],
     extras_require={
+        "deepspeed": ["deepspeed>=0.19.8"],
         "curation": ["rensa>=0.5", "py3langid>=0.4"],
         "fast": ["gigatoken>=0.10,<0.11"],
         "parquet": ["pyarrow"],
         "tiktoken": ["tiktoken"],
         "plot": ["matplotlib"],
         "test": [
+            "deepspeed>=0.19.8",
             "gigatoken>=0.10,<0.11",
             "hypothesis",
             "megatron-core",

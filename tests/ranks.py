@@ -72,6 +72,11 @@ class _Pool:
 _POOL = _Pool()
 
 
+def forget_ranks() -> None:
+    """Lets the next call begin in new processes, for libraries that keep something of the one before."""
+    _POOL.close()
+
+
 def run_ranks(size: int, function: Callable[..., T], *args: Any, timeout: float = 120.0, grace: float = 0.5) -> list[T]:
     """`function(*args)` in each of `size` gloo ranks; its results in the order of the ranks.
 

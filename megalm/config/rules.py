@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from math import isqrt, log
 
+from megalm.config import deepspeed
 from megalm.config.explain import choices
 from megalm.config.sections import Batch, Config, Data, Model, Parallel, Pipeline, Schedule, Stage, Zero
 from megalm.errors import nearest
@@ -191,6 +192,7 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
     data = max(data_ranks(parallel, processes), 1)
     yield from _offload(parallel.zero, data)
     yield from _must_divide("parallel.zero.shard", parallel.zero.shard or data, "the data ranks", data)
+    yield from deepspeed.broken_rules(config, data)
     for key, size in batch_sizes(batch):
         if size % data:
             yield f"{key}={size} cannot be shared between {data} data ranks: choose a multiple of {data}"

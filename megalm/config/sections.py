@@ -7,7 +7,7 @@ which is written to the run directory, has no hidden value. Relative paths are r
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -331,6 +331,9 @@ class Config(Section):
     """How many sequences make a step."""
     parallel: Parallel = Parallel()
     """How the work is shared between processes."""
+    deepspeed: dict[str, Any] = {}
+    """With `parallel.zero.engine: deepspeed`, what its own configuration is to have besides what follows from this
+    one, by DeepSpeed's names."""
     optimizer: Optimizer = Optimizer()
     """How gradients become updates."""
     schedule: Schedule

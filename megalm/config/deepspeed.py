@@ -1,0 +1,106 @@
+"""DeepSpeed's own configuration of a run: what follows from the run's config, and with it what the user adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megalm.config.sections import Config
+
+Settings = dict[str, Any]
+OURS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler", "fp16", "amp", "torch_autocast",
+    "tensor_parallel", "checkpoint",
+)  # fmt: skip
+"""What would say again what the run's config says."""
+
+
+def engine_settings(config: Config) -> Settings:
+    """What `deepspeed.initialize` is given: the section `deepspeed`, and over it what the rest of the config says.
+
+    Accumulation, clipping and the learning rate are the trainer's. The engine sees each micro-batch as one step of
+    which the trainer says whether it is the last one, so it has no more than one micro-batch to accumulate.
+    """
+    micro, zero = config.batch.micro_size or 1, config.parallel.zero
+    sharding: Settings = {"stage": zero.stage}
+    if zero.offload != "none":
+        sharding["offload_optimizer"] = {"device": zero.offload}
+        if zero.stage == 3:
+            sharding["offload_param"] = {"device": zero.offload}
+    ours: Settings = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": config.precision.compute == "bfloat16"},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": sharding,
+    }
+    return _merged(config.deepspeed, ours)
+
+
+def broken_rules(config: Config, data: int) -> Iterator[str]:
+    """One line for each rule that the engine `deepspeed` sets and the config, for `data` data ranks, breaks."""
+    zero, parallel, theirs = config.parallel.zero, config.parallel, config.deepspeed
+    if zero.engine != "deepspeed":
+        if theirs:
+            yield "deepspeed has no meaning with parallel.zero.engine='fsdp': remove it, or choose engine deepspeed"
+        if zero.offload == "nvme":
+            yield "parallel.zero.offload='nvme' needs parallel.zero.engine='deepspeed': choose it, or offload cpu"
+        return
+    if parallel.pipeline.size > 1:
+        yield (
+            f"parallel.pipeline.size={parallel.pipeline.size} cannot be run by parallel.zero.engine='deepspeed', whose "
+            "stages 2 and 3 go wrong with several micro-batches in flight: choose engine fsdp, or size 1"
+        )
+    if zero.stage == 0:
+        yield (
+            "parallel.zero.stage=0 cannot be run by parallel.zero.engine='deepspeed', which then begins with an update "
+            "by no gradients: choose stage 1, 2 or 3, or engine fsdp"
+        )
+    if (zero.shard or data) != data:
+        yield (
+            f"parallel.zero.shard={zero.shard} of {data} data ranks cannot be run by parallel.zero.engine='deepspeed': "
+            f"choose {data}, or engine fsdp"
+        )
+    if zero.offload == "nvme" and zero.stage != 3:
+        yield f"parallel.zero.offload='nvme' needs parallel.zero.stage=3, not {zero.stage}: choose it, or offload cpu"
+    if config.optimizer.kind != "adamw":
+        yield (
+            f"optimizer.kind='{config.optimizer.kind}' cannot be run by parallel.zero.engine='deepspeed': choose "
+            "adamw, or engine fsdp"
+        )
+    if config.run.compile and zero.stage == 3:
+        yield "run.compile=true cannot be run by DeepSpeed's stage 3: set it to false, or choose engine fsdp"
+    for name in OURS:
+        if name in theirs:
+            yield f"deepspeed.{name} is for the run's own config to say: remove it"
+    for key, value, right in _contradictions(theirs, engine_settings(config)):
+        yield f"deepspeed.{key}={value} contradicts the rest of the config, which means {right}: leave it out"
+    if zero.offload == "nvme":
+        for section in ("offload_optimizer", "offload_param"):
+            given = theirs.get("zero_optimization", {}).get(section, {})
+            if not (isinstance(given, dict) and given.get("nvme_path")):
+                yield (
+                    f"deepspeed.zero_optimization.{section}.nvme_path is missing: with parallel.zero.offload='nvme' "
+                    "name a directory on a fast disk"
+                )
+
+
+def _merged(under: Settings, over: Settings) -> Settings:
+    merged = {**under, **over}
+    for key in under.keys() & over.keys():
+        if isinstance(under[key], dict) and isinstance(over[key], dict):
+            merged[key] = _merged(under[key], over[key])
+    return merged
+
+
+def _contradictions(given: Settings, settings: Settings, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Key, value and right value of what is `given` and is not so in the `settings` that were made of it."""
+    for key, value in given.items():
+        right = settings[key]
+        if isinstance(value, dict) and isinstance(right, dict):
+            yield from _contradictions(value, right, f"{path}{key}.")
+        elif value != right:
+            yield path + key, value, right
