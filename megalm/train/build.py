@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megalm.config.deepspeed import engine_settings
 from megalm.config.rules import split_layers
 from megalm.config.sections import Config, Model, Parallel, known
 from megalm.data.loader import Loader, MicroBatch
@@ -29,14 +30,18 @@ from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
 from megalm.launch.ranks import Process
 from megalm.model.counts import parameter_count, pipeline_pieces
-from megalm.model.init import initialise
+from megalm.model.init import fill, initialise
 from megalm.model.transformer import ModelInputs, Recompute, Stage, Transformer
+from megalm.optim.adamw import adamw_without_state
 from megalm.optim.build import build_optimizer
 from megalm.parallel.mesh import Layout, Mesh, build_mesh
+from megalm.parallel.part import Part
 from megalm.parallel.pipeline.partition import bounds_of, partition, stage_costs
-from megalm.parallel.pipeline.plan import placement_of
+from megalm.parallel.pipeline.plan import Placement, placement_of
+from megalm.parallel.pipeline.simulate import Costs
 from megalm.parallel.tensor.axis import TensorParallel
 from megalm.parallel.weight_gradients import WeightGradientQueue
+from megalm.parallel.zero.deepspeed import DeepSpeedStage
 from megalm.parallel.zero.fsdp import shard_stage
 from megalm.parallel.zero.regions import Region, regions
 from megalm.train.device import DTYPES, pick_device, total_memory
@@ -62,9 +67,14 @@ class Parts:
 
     mesh: Mesh
     passes: Passes
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | DeepSpeedStage
     held: list[Region]
     """Its parameters, of all its stages."""
+
+    def publish(self) -> None:
+        """After a checkpoint was loaded into what is `held`: makes the stages compute with it."""
+        if isinstance(self.optimizer, DeepSpeedStage):
+            self.optimizer.publish()
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -130,6 +140,8 @@ def build_parts(config: Config, device: torch.device) -> Parts:
         stage = Stage(first, end, number == 0, number == len(bounds) - 1)
         with torch.device("meta"):
             stages[number] = Transformer(model, compute, config.run.recompute, tp, stage)
+        if config.parallel.zero.engine == "deepspeed":
+            return _under_deepspeed(config, stages[number].to_empty(device=device), mesh, placement)
         syncs[number] = shard_stage(stages[number], mesh, config.parallel.zero, compute)
         stages[number].to_empty(device=device)
         initialise(stages[number], config.run.seed)
@@ -138,6 +150,20 @@ def build_parts(config: Config, device: torch.device) -> Parts:
     passes = Passes(stages, syncs, mesh, pipeline, placement, stage_costs(pieces, bounds))
     held = [region for stage in stages.values() for region in regions(stage, stage.parts, mesh)]
     return Parts(mesh, passes, build_optimizer(config.optimizer, held, mesh), held)
+
+
+def _under_deepspeed(config: Config, model: Transformer, mesh: Mesh, placement: Placement) -> Parts:
+    """Steps 6 to 9 where DeepSpeed's engine shards and updates; it makes the masters, so weights come after it."""
+    for block in model.layers.values() if config.run.compile else ():
+        block.compile()
+    adamw = adamw_without_state(config.optimizer, list(model.named_parameters()))
+    engine = DeepSpeedStage(model, model.parts, adamw, mesh, engine_settings(config))
+    for region in engine.held:
+        part = Part(region.part.shape, region.offset, region.size)
+        fill(region.parameter, config.model, config.run.seed, region.name, part)
+    engine.publish()
+    passes = Passes({0: model}, {0: engine}, mesh, config.parallel.pipeline, placement, Costs.uniform(1), {0: engine})
+    return Parts(mesh, passes, engine, engine.held)
 
 
 def build_model(

@@ -325,6 +325,7 @@ class Trainer:
             except checkpoint.DamagedCheckpoint as damage:
                 logger.warning("%s; trying the one before", damage)
                 continue
+            self.parts.publish()
             self.position = Position(**saved["position"])
             self.saved = self.position.step
             logger.info("continuing from %s", found)

@@ -50,6 +50,19 @@ def losses_and_norms(raw: dict[str, Any]) -> Curve:
     return [(line["loss"], line["grad_norm"]) for line in lines]
 
 
+def stretch(raw: dict[str, Any], directory: Path, steps: int) -> Curve:
+    """One rank's part of some steps of a run, which goes on from the checkpoint in its directory and ends with one."""
+    config = resolve(raw, dist.get_world_size())
+    inputs = build_inputs(config, Process(dist.get_rank(), dist.get_rank(), dist.get_world_size()))
+    trainer = Trainer(inputs, directory)
+    trainer.peak = 1.0
+    stream = trainer.stream()
+    lines = [trainer.step(stream, StopRequest()) for _ in range(steps)]
+    stream.close()
+    trainer._save(None)
+    return [(line["loss"], line["grad_norm"]) for line in lines]
+
+
 def curve(raw: dict[str, Any], parallel: dict[str, Any] | None = None) -> Curve:
     """The losses and gradient norms of a run under a layout, which all ranks must agree on."""
     parallel = parallel or {}

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -33,40 +32,23 @@ from torch.distributed import ProcessGroup
 from megalm.errors import UserError
 from megalm.parallel.mesh import Axis, Mesh
 from megalm.parallel.part import Part
+from megalm.parallel.zero.regions import Region
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A box of a parameter, or of what belongs to it, that this rank alone of the data ranks holds."""
-
-    name: str
-    tensor: Tensor
-    """float32, of the box's size."""
-    shape: tuple[int, ...]
-    """Of the whole parameter."""
-    offset: tuple[int, ...]
-    primary: bool
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-
-def pieces(name: str, part: Part, start: int, flat: Tensor) -> Iterator[Piece]:
-    """The boxes that `flat` holds of a vector or matrix: views, in order, without padding. `flat` is the stretch of the
-    rank's own, flattened part that begins at its element `start`."""
+def boxes(part: Part, start: int, flat: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Offset in the whole parameter, a vector or matrix, and view of each box that `flat` holds, in order and without
+    padding. `flat` is the stretch of the rank's own, flattened part that begins at its element `start`."""
     width = prod(part.size[1:])
     position, end = start, min(start + len(flat), part.size[0] * width)
     while position < end:
         row, column = divmod(position, width)
-        if whole_rows := (end - position) // width if column == 0 else 0:
-            size = (whole_rows, *part.size[1:])
+        if rows := 0 if column else (end - position) // width:
+            size = (rows, *part.size[1:])
         else:
             size = (1, min(width - column, end - position))
-        inner = (row, column)[: len(size)]
-        offset = tuple(base + more for base, more in zip(part.offset, inner, strict=True))
-        box = flat[position - start : position - start + prod(size)].view(size)
-        yield Piece(name, box, part.shape, offset, part.primary)
+        place = (row, column)[: len(size)]
+        offset = tuple(first + more for first, more in zip(part.offset, place, strict=True))
+        yield offset, flat[position - start :][: prod(size)].view(size)
         position += prod(size)
 
 
@@ -139,27 +121,31 @@ class _Place:
     first: int
     count: int
 
+    def of(self, flat: Tensor) -> Tensor:
+        return flat.detach().narrow(0, self.start, self.count)
+
 
 class DeepSpeedStage:
-    """A model under DeepSpeed's engine: called like the model, and told like a `GradientSync` what comes.
+    """A whole model under DeepSpeed's engine: called like the model, told like a `GradientSync` what comes, and the
+    optimizer of the boxes that it `held`: their parameters, moments and, after `finish`, gradients are views of its.
 
-    `module` is on its device; its weights need not be filled, since the float32 masters come after it: fill what
-    `masters` gives, then call `publish`. `optimizer` is an AdamW over its parameters, without state. `settings` are
+    `module` is on its device; its weights need not be filled, since the float32 masters come after it: fill what is
+    `held`, then call `publish`. `optimizer` is an AdamW over its parameters, without state. `settings` are
     `megalm.config.deepspeed.engine_settings`. Raises UserError for settings that DeepSpeed does not take.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
         parts: Mapping[str, Part],
+        optimizer: torch.optim.Optimizer,
         mesh: Mesh,
         settings: dict[str, Any],
     ) -> None:
         deepspeed = load_deepspeed(mesh.device)
-        self.module, self.optimizer, self.parts, self.mesh = module, optimizer, parts, mesh
-        self._access, self._gathered = deepspeed.utils, deepspeed.zero.GatheredParameters
+        self.mesh, self._utilities, self._gathered = mesh, deepspeed.utils, deepspeed.zero.GatheredParameters
         self._sharded = settings["zero_optimization"]["stage"] == 3
+        self._offloaded = "offload_optimizer" in settings["zero_optimization"]
         for parameter in module.parameters():
             _marks(parameter).tensor_model_parallel = True  # else a rank may have none to count
         try:
@@ -168,9 +154,22 @@ class DeepSpeedStage:
             )
         except (ValueError, AssertionError) as error:  # pydantic's ValidationError is a ValueError
             raise UserError(f"deepspeed: {' '.join(str(error).split())}") from error
-        self._parameters = dict(module.named_parameters())
-        self._lent: list[tuple[str | None, nn.Parameter, Tensor]] = []
-        self._make_state()
+        self.param_groups = optimizer.param_groups
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._stretches: list[tuple[nn.Parameter, _Place, Part, list[Region]]] = []
+        self._complete = False
+        for flat in self._flats():
+            flat.detach().zero_()  # and so is what pads a vocabulary, which nobody fills
+            optimizer.state[flat] = {  # which DeepSpeed leaves to the first step
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        for name, parameter in module.named_parameters():
+            if place := self._place(parameter):
+                regions = self._hold(name, parts[name], place, optimizer.state[place.flat])
+                self._stretches.append((parameter, place, parts[name], regions))
+        self.held = [region for *_, regions in self._stretches for region in regions]
 
     def __call__(self, *inputs: Any, scale: float = 1.0) -> Any:
         """The model's forward pass. What the engine will average over the data ranks is made larger by their number."""
@@ -179,12 +178,12 @@ class DeepSpeedStage:
     # As a GradientSync:
 
     def begin(self) -> None:
-        """The step before left no gradients."""
+        self._complete = False
 
     def before_backward(self, last: bool, deferred: bool) -> None:
-        """The last backward pass completes the gradients."""
         assert not deferred, "DeepSpeed's hooks want whole backward passes"
         self._engine.set_gradient_accumulation_boundary(last)
+        self._complete = last
 
     def after_weights(self, last: bool) -> None:
         raise AssertionError("DeepSpeed's hooks want whole backward passes")
@@ -193,77 +192,38 @@ class DeepSpeedStage:
         """The last backward pass did."""
 
     def finish(self) -> None:
-        """`gradients` has them, and no parameter's `.grad`."""
+        for parameter, place, part, regions in self._stretches if self._complete else ():
+            flat = self._gradient(parameter, place)
+            for region, (_, box) in zip(regions, boxes(part, place.first, flat), strict=True):
+                region.parameter.grad = box
 
     # As an optimizer:
 
-    def gradients(self) -> list[Piece]:
-        """What this rank has of the gradients, which are sums over the data ranks; change it in place, then `step`."""
-        return self._pieces(self._gradient)
-
     def step(self) -> None:
-        """Updates masters and weights, with the learning rates of `optimizer.param_groups`; forgets the gradients."""
-        if self._sharded:
-            for _, parameter, flat in self._lent:
-                self._access.safe_set_local_grad(parameter, flat)
-        self._lent.clear()
+        """Updates masters and weights, with the learning rates of `param_groups`."""
+        self.zero_grad()
         self._engine.step()
 
-    # As what is filled at the start, saved and loaded:
-
-    def masters(self) -> list[Piece]:
-        """This rank's float32 parameters. What is written to them takes effect with `publish`."""
-        return self._pieces(partial(self._state, None))
-
-    def moments(self, kind: str) -> list[Piece]:
-        """As `masters`, this rank's AdamW state: `exp_avg` or `exp_avg_sq`."""
-        return self._pieces(partial(self._state, kind))
-
-    def steps(self) -> list[Piece]:
-        """As `masters`, AdamW's count of steps: one for each parameter, primary where its first element is."""
-        return [
-            Piece(
-                name,
-                self.optimizer.state[place.flat]["step"],
-                (),
-                (),
-                part.primary and not place.first + sum(part.offset),
-            )
-            for name, part in self.parts.items()
-            if (place := self._place(self._parameters[name]))
-        ]
+    def zero_grad(self) -> None:
+        """Lets go of the gradients, which are the engine's."""
+        for region in self.held:
+            region.parameter.grad = None
 
     def publish(self) -> None:
-        """Takes over what was written to masters and moments, and makes the model compute with it, on all ranks."""
+        """To be called on all ranks after what is `held` was filled or loaded: makes the model compute with it."""
         if not self._sharded:
-            self._lent.clear()  # they are views
             self._engine.optimizer.update_lp_params()
             return
-        for kind, parameter, flat in self._lent:
-            if kind is None:
-                self._access.safe_set_local_fp32_param(parameter, flat)
-            else:
-                self._access.safe_set_local_optimizer_state(parameter, flat, kind)
-        self._lent.clear()
-        for parameter in self._parameters.values():
-            whole = self._access.safe_get_full_fp32_param(parameter)
+        for parameter in self._engine.module.parameters():
+            whole = self._utilities.safe_get_full_fp32_param(parameter)
             with self._gathered(parameter, modifier_rank=0), torch.no_grad():
                 parameter.copy_(whole)
 
-    def _make_state(self) -> None:
-        """AdamW's state, which DeepSpeed leaves to the first step."""
-        for flat in self._flats():
-            self.optimizer.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
-
     def _flats(self) -> list[Tensor]:
-        """The flat tensors that the optimizer updates."""
+        """The flat float32 tensors that the optimizer updates."""
         if self._sharded:
             return self._engine.optimizer.fp32_partitioned_groups_flat
-        return [group["params"][0] for group in self.optimizer.param_groups]
+        return [group["params"][0] for group in self.param_groups]
 
     def _place(self, parameter: nn.Parameter) -> _Place | None:
         """Where this rank's stretch of the parameter is; None if it has none."""
@@ -277,33 +237,26 @@ class DeepSpeedStage:
         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
         return _Place(self._flats()[mapping.param_group_index], here.start, there.start, here.numel)
 
-    def _pieces(self, stretch: Callable[[nn.Parameter, _Place], Tensor]) -> list[Piece]:
-        found: list[Piece] = []
-        for name, part in self.parts.items():
-            if place := self._place(self._parameters[name]):
-                found += pieces(name, part, place.first, stretch(self._parameters[name], place))
+    def _hold(self, name: str, part: Part, place: _Place, state: dict[str, Tensor]) -> list[Region]:
+        """The boxes of the stretch as parameters with their state: views of what the engine updates."""
+        moments = [boxes(part, place.first, place.of(state[kind])) for kind in ("exp_avg", "exp_avg_sq")]
+        found = []
+        for (offset, box), (_, first), (_, second) in zip(
+            boxes(part, place.first, place.of(place.flat)), *moments, strict=True
+        ):
+            parameter = nn.Parameter(box)
+            self.state[parameter] = {"step": state["step"], "exp_avg": first, "exp_avg_sq": second}
+            found.append(Region(name, parameter, part, offset, tuple(box.shape), part.primary))
         return found
 
-    def _state(self, kind: str | None, parameter: nn.Parameter, place: _Place) -> Tensor:
-        """A view, or where the state rests elsewhere a copy that `publish` takes back."""
-        if not self._sharded:
-            flat = place.flat if kind is None else self.optimizer.state[place.flat][kind]
-            return flat.detach().narrow(0, place.start, place.count)
-        access = self._access
-        if kind is None:
-            flat = access.safe_get_local_fp32_param(parameter).detach()
-        else:
-            flat = access.safe_get_local_optimizer_state(parameter, kind)
-        self._lent.append((kind, parameter, flat))
-        return flat
-
     def _gradient(self, parameter: nn.Parameter, place: _Place) -> Tensor:
-        """A view, or where the gradient rests elsewhere a copy that `step` takes back."""
-        if not self._sharded:
-            marks = _marks(parameter)
-            flat = marks._hp_mapping.get_lp_grad_fragment(marks._index_in_param_group).view(-1)
-            whole = len(flat) == parameter.numel()  # the bfloat16 optimizer has it on every rank
-            return flat.narrow(0, place.first, place.count) if whole else flat
-        flat = self._access.safe_get_local_grad(parameter)
-        self._lent.append((None, parameter, flat))
-        return flat
+        """The stretch of the gradient: a view."""
+        if self._sharded:
+            if self._offloaded:
+                assert place.flat.grad is not None
+                return place.of(place.flat.grad)
+            return self._utilities.safe_get_local_grad(parameter)
+        marks = _marks(parameter)
+        flat = marks._hp_mapping.get_lp_grad_fragment(marks._index_in_param_group).view(-1)
+        whole = len(flat) == parameter.numel()  # the bfloat16 optimizer has it on every rank
+        return flat.narrow(0, place.first, place.count) if whole else flat

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalm.parallel.part import Part
-from megalm.parallel.zero.deepspeed import pieces
+from megalm.parallel.zero.deepspeed import boxes
 
 
 @given(st.data())
-def test_pieces_of_all_ranks_are_the_part_once_and_without_padding(data: st.DataObject) -> None:
+def test_boxes_of_all_ranks_are_the_part_once_and_without_padding(data: st.DataObject) -> None:
     dims = data.draw(st.integers(1, 2))
     size, before, after = (
         tuple(data.draw(st.lists(st.integers(lo, 7), min_size=dims, max_size=dims))) for lo in (1, 0, 0)
@@ -21,15 +21,14 @@ def test_pieces_of_all_ranks_are_the_part_once_and_without_padding(data: st.Data
     whole, held = torch.zeros(shape), torch.zeros(shape)
     for start, end in zip(cuts, [*cuts[1:], local.numel() + 3], strict=True):  # the last stretch may be too long
         flat = torch.cat([local.view(-1), torch.ones(3)])[start:end]
-        found = list(pieces("p", Part(shape, before, size), start, flat))
+        found = list(boxes(Part(shape, before, size), start, flat))
         assert len(found) <= 3
-        for piece in found:
-            place = tuple(slice(a, a + n) for a, n in zip(piece.offset, piece.size, strict=True))
-            whole[place] += piece.tensor
+        for offset, box in found:
+            place = tuple(slice(a, a + n) for a, n in zip(offset, box.shape, strict=True))
+            whole[place] += box
             held[place] += 1
-            assert piece.shape == shape
-            assert piece.tensor.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
-    box = tuple(slice(a, a + n) for a, n in zip(before, size, strict=True))
-    assert torch.equal(whole[box], local[: size[0]])
-    assert held[box].eq(1).all()
-    assert held.sum() == held[box].sum()
+            assert box.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+    part = tuple(slice(a, a + n) for a, n in zip(before, size, strict=True))
+    assert torch.equal(whole[part], local[: size[0]])
+    assert held[part].eq(1).all()
+    assert held.sum() == held[part].sum()
