@@ -46,8 +46,6 @@ def broken_rules(config: Config, data: int) -> Iterator[str]:
     if zero.engine != "deepspeed":
         if theirs:
             yield "deepspeed has no meaning with parallel.zero.engine='fsdp': remove it, or choose engine deepspeed"
-        if zero.offload == "nvme":
-            yield "parallel.zero.offload='nvme' needs parallel.zero.engine='deepspeed': choose it, or offload cpu"
         return
     if parallel.pipeline.size > 1:
         yield (
@@ -64,8 +62,6 @@ def broken_rules(config: Config, data: int) -> Iterator[str]:
             f"parallel.zero.shard={zero.shard} of {data} data ranks cannot be run by parallel.zero.engine='deepspeed': "
             f"choose {data}, or engine fsdp"
         )
-    if zero.offload == "nvme" and zero.stage != 3:
-        yield f"parallel.zero.offload='nvme' needs parallel.zero.stage=3, not {zero.stage}: choose it, or offload cpu"
     if config.optimizer.kind != "adamw":
         yield (
             f"optimizer.kind='{config.optimizer.kind}' cannot be run by parallel.zero.engine='deepspeed': choose "
@@ -76,16 +72,12 @@ def broken_rules(config: Config, data: int) -> Iterator[str]:
     for name in OURS:
         if name in theirs:
             yield f"deepspeed.{name} is for the run's own config to say: remove it"
+    sharding = theirs.get("zero_optimization")
+    for section in ("offload_optimizer", "offload_param"):
+        if zero.offload == "none" and isinstance(sharding, dict) and section in sharding:
+            yield f"deepspeed.zero_optimization.{section} has no meaning with parallel.zero.offload='none': choose cpu"
     for key, value, right in _contradictions(theirs, engine_settings(config)):
         yield f"deepspeed.{key}={value} contradicts the rest of the config, which means {right}: leave it out"
-    if zero.offload == "nvme":
-        for section in ("offload_optimizer", "offload_param"):
-            given = theirs.get("zero_optimization", {}).get(section, {})
-            if not (isinstance(given, dict) and given.get("nvme_path")):
-                yield (
-                    f"deepspeed.zero_optimization.{section}.nvme_path is missing: with parallel.zero.offload='nvme' "
-                    "name a directory on a fast disk"
-                )
 
 
 def _merged(under: Settings, over: Settings) -> Settings:

@@ -228,8 +228,8 @@ class Zero(Section):
     ranks."""
     engine: Literal["fsdp", "deepspeed"] = "fsdp"
     """What shards: torch's FSDP2, or DeepSpeed with the settings of the section `deepspeed` (without a pipeline)."""
-    offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where parameters and optimizer state rest: on the device, in the host's memory, or on disk (DeepSpeed only)."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where parameters and optimizer state rest: on the device, or in the host's memory."""
 
 
 class Parallel(Section):

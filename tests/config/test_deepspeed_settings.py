@@ -42,14 +42,14 @@ def test_settings_follow_from_the_config_and_keep_what_the_user_adds() -> None:
     }
 
 
-NVME = {"stage": 3, "offload": "nvme"}
 BROKEN = {
     "parallel.pipeline.size=2 cannot be run": config({}, pipeline={"size": 2}),
     "parallel.zero.stage=0 cannot be run": config({"stage": 0}),
     "parallel.zero.shard=1 of 2 data ranks cannot be run": config({"shard": 1}),
-    "parallel.zero.offload='nvme' needs parallel.zero.stage=3": config({**NVME, "stage": 2}),
-    "parallel.zero.offload='nvme' needs parallel.zero.engine='deepspeed'": config({**NVME, "engine": "fsdp"}),
-    "deepspeed.zero_optimization.offload_optimizer.nvme_path is missing": config(NVME),
+    "optimizer.kind='muon' cannot be run": config({}, optimizer={"kind": "muon"}),
+    "deepspeed.zero_optimization.offload_param has no meaning": config(
+        {"stage": 3}, deepspeed={"zero_optimization": {"offload_param": {"device": "nvme"}}}
+    ),
     "deepspeed has no meaning with": config({"engine": "fsdp"}, deepspeed={"steps_per_print": 10}),
     "run.compile=true cannot be run": config({"stage": 3}, run={"compile": True}),
     "deepspeed.optimizer is for the run's own config": config({}, deepspeed={"optimizer": {"type": "Adam"}}),
@@ -58,6 +58,7 @@ BROKEN = {
         {"stage": 2}, deepspeed={"zero_optimization": {"stage": 3}}
     ),
     "deepspeed.zero_optimization=2 contradicts": config({}, deepspeed={"zero_optimization": 2}),
+    "deepspeed.bf16.enabled=True contradicts": config({}, deepspeed={"bf16": {"enabled": True}}),
 }
 
 
