@@ -100,7 +100,8 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_run_and_is_named(
 
 def test_a_rank_with_another_config_is_named_before_anything_is_written(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    processes = by_hand(write_config(data, run), [], [], ["optimizer.learning_rate=0.5"], [])
+    batch = "batch.micro_size=2"
+    processes = by_hand(write_config(data, run), [batch], [batch], [batch, "optimizer.learning_rate=0.5"], [batch])
     ends = [outcome(process) for process in processes]
     assert [code for code, _ in ends] == [2] * 4
     [error] = ends[0][1]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from layouts import Curve, curve, settings, stretch
+from layout_runs import Curve, curve, settings, stretch
 from ranks import forget_ranks, run_ranks
 
 from megalm.config import resolve

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import Curve, all_layouts, curve, settings
+from layout_runs import Curve, all_layouts, curve, settings
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "interleaved-zb", "zbv", "dualpipev", "auto")
 MODELS = {"untied": {"tie_embeddings": False}, "tied": {"tie_embeddings": True, "num_kv_heads": 4, "qk_norm": True}}
