@@ -41,7 +41,7 @@ from megalm.parallel.pipeline.plan import Placement, placement_of
 from megalm.parallel.pipeline.simulate import Costs
 from megalm.parallel.tensor.axis import TensorParallel
 from megalm.parallel.weight_gradients import WeightGradientQueue
-from megalm.parallel.zero.deepspeed import DeepSpeedStage
+from megalm.parallel.zero.deepspeed import DeepSpeedStage, load_deepspeed
 from megalm.parallel.zero.fsdp import shard_stage
 from megalm.parallel.zero.regions import Region, regions
 from megalm.train.device import DTYPES, pick_device, total_memory
@@ -92,6 +92,8 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 def build_inputs(config: Config, process: Process | None = None) -> Inputs:
     """Steps 1 to 3: raises a UserError for whatever is wrong, and writes nothing."""
     data, device = open_run_data(config), pick_device(config.run.device, process.local_rank if process else 0)
+    if config.parallel.zero.engine == "deepspeed":
+        load_deepspeed(device)
     config = with_vocabulary(config, data.tokenizer)
     _check_memory(config, device)
     return Inputs(config, data.tokenizer, data.loader, data.needs, device)
