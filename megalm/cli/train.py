@@ -34,13 +34,12 @@ def train(
 
         return start_local(nproc, [str(config), *(overrides or ()), *(["--dry-run"] if dry_run else [])])
 
-    if process.size == 1:
-        load_config(config, overrides or ())  # as above
+    alone = load_config(config, overrides or ()) if process.size == 1 else None  # as above
 
     from megalm.train.signals import StopRequest
 
     with StopRequest() as stop:  # from here on a signal ends a run well; importing torch alone takes seconds
         from megalm.train.trainer import run
 
-        run(lambda: load_config(config, overrides or (), process.size), process, stop, dry_run)
+        run(lambda: alone or load_config(config, overrides or (), process.size), process, stop, dry_run)
     return 0

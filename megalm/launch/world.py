@@ -32,7 +32,8 @@ from megalm.errors import RunFailed, UserError
 from megalm.launch.ranks import Process
 
 T = TypeVar("T")
-WORD, HERE = "megalm/failed", "megalm/here"
+WORD, HERE, LEFT = "megalm/failed", "megalm/here", "megalm/left"
+GONE = "rank 0, or the launcher, which kept the ranks' store, no longer answers"
 POLL, GRACE = 1.0, 6.0  # seconds between looks at the store; seconds that the others have to answer
 
 
@@ -60,6 +61,7 @@ class World:
         self._store.set(f"megalm/start/{self.process.rank}", word)
         verdict = self._verdict(timeout)
         if verdict:
+            self._leave(self._store, self.process.size)
             raise UserError(verdict) if self.process.rank == 0 else RunFailed("", 2)
         assert prepared is not None
         return prepared
@@ -85,7 +87,9 @@ class World:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            raise self._failure(error) from error
+            if (failure := self._failure(error)) is error:
+                raise
+            raise failure from error
         finally:
             self._done.set()
             watch.join()
@@ -118,20 +122,24 @@ class World:
             except (dist.DistStoreError, dist.DistNetworkError):
                 raise RunFailed("", 1) from None
             return store.get(key).decode()
-        starts, deadline = [], time.monotonic() + timeout
-        for rank in range(self.process.size):
-            name = f"megalm/start/{rank}"
-            try:
-                store.wait([name], timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-            except dist.DistStoreError:
-                break
-            starts.append(json.loads(store.get(name)))
-        if len(starts) < self.process.size:
-            verdict = f"rank {len(starts)} of {self.process.size} did not start within {timeout:.0f} s (run.timeout)"
-        else:
-            verdict = compare(starts)
+        names = [f"megalm/start/{rank}" for rank in range(self.process.size)]
+        try:
+            store.wait(names, timedelta(seconds=timeout))
+            verdict = compare([json.loads(store.get(name)) for name in names])
+        except dist.DistStoreError:
+            missing = ", ".join(str(rank) for rank, name in enumerate(names) if not store.check([name]))
+            verdict = f"rank {missing} of {len(names)} did not start within {timeout:.0f} s: see what it says"
         store.set(key, verdict)
         return verdict
+
+    def _leave(self, store: Store, expected: int) -> None:
+        """Says that this rank has read all it needs. Who keeps the store stays until `expected` ranks have."""
+        left = store.add(LEFT, 1)
+        if self.process.rank == 0 and not self.process.agent:
+            deadline = time.monotonic() + GRACE
+            while left < expected and time.monotonic() < deadline:
+                time.sleep(0.05)
+                left = store.add(LEFT, 0)
 
     def _watch(self, store: Store) -> None:
         """Answers the roll call, and ends a process whose main thread stays in a collective after a failure."""
@@ -150,7 +158,7 @@ class World:
             try:
                 failure = self._judge(store)
             except RuntimeError:
-                failure = RunFailed("the process that kept the store is gone", 1)
+                failure = RunFailed(f"rank {self.process.rank}: {GONE}", 1)
             if str(failure):
                 print("megalm: error:", failure, file=sys.stderr, flush=True)
             os._exit(failure.code)
@@ -171,12 +179,12 @@ class World:
         try:
             self._store.compare_set(WORD, "", word)
             self._store.set(f"{HERE}/{self.process.rank}", "")
+            first = json.loads(self._store.get(WORD))["rank"]
             failure = self._judge(self._store)
         except RuntimeError:
-            return RunFailed(f"rank {self.process.rank}: {text} (the process that kept the store is gone)", 1)
-        first = json.loads(self._store.get(WORD))["rank"]
-        if ours and (self.process.rank == 0 or not str(failure)):
-            return error if self.process.rank == 0 else RunFailed("", 2)
+            return RunFailed(f"rank {self.process.rank}: {GONE}", 1)
+        if ours and self.process.rank == 0:
+            return error
         if first == self.process.rank and not _of_network(error):
             return error  # with its traceback
         return failure
@@ -190,11 +198,12 @@ class World:
         silent = [] if everyone else [rank for rank, key in enumerate(keys) if not store.check([key])]
         word = json.loads(store.get(WORD))
         speaker = min(rank for rank in range(self.process.size) if rank not in silent)
+        names = [f"{rank} ({json.loads(store.get(f'megalm/start/{rank}'))['host']})" for rank in silent]
+        self._leave(store, self.process.size - len(silent))
         if self.process.rank != speaker:
             return RunFailed("", 1 if silent else word["code"])
         if not silent:
             return RunFailed(f"rank {word['rank']}: {word['error']}", word["code"])
-        names = [f"{rank} ({json.loads(store.get(f'megalm/start/{rank}'))['host']})" for rank in silent]
         return RunFailed(
             f"rank {', '.join(names)} no longer answers: it was killed, stopped or cut off; rank {word['rank']} "
             f"noticed: {word['error']}",
@@ -202,9 +211,12 @@ class World:
         )
 
 
-def _of_network(error: BaseException) -> bool:
+def _of_network(error: BaseException | None) -> bool:
     """Whether a collective failed, which says nothing of this rank."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    if error is None:
+        return False
+    from_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return isinstance(error, dist.DistError) or from_gloo or _of_network(error.__cause__)
 
 
 def compare(starts: list[dict[str, Any]]) -> str:

@@ -113,7 +113,8 @@ def test_config_presets_lists_every_preset_with_its_size(capsys: pytest.CaptureF
 
 def test_train_hands_the_resolved_config_to_the_trainer(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    replace(monkeypatch, "megalm.train.trainer", run=lambda config, stop, dry_run: calls.append((config, dry_run)))
+    run = lambda load, process, stop, dry_run: calls.append((load(), dry_run))  # noqa: E731
+    replace(monkeypatch, "megalm.train.trainer", run=run)
     assert main(["train", config, "run.seed=5", "--dry-run", "log.every=2"]) == 0
     assert main(["train", config]) == 0
     assert calls == [(load_config(config, ["run.seed=5", "log.every=2"]), True), (load_config(config), False)]

@@ -167,6 +167,10 @@ OVERRIDES = [
         "data.stages=[{weights: {code: 1, docs: 1}}]",
         "data.sources.0.weight=0.7 has no meaning with data.stages, which have weights of their own: remove it",
     ),
+    (
+        "parallel.zero.offload=cpu",
+        "parallel.zero.offload=cpu needs at least 2 data ranks with parallel.zero.engine=fsdp",
+    ),
     ("batch.micro_size=5", "batch.micro_size=5 does not divide batch.global_size=32: choose 1, 2, 4, 8, 16 or 32"),
     ("batch.ramp={start: 32, increment: 4, samples: 9}", "batch.ramp.start=32 is not less than batch.global_size=32"),
     (

@@ -74,7 +74,7 @@ def test_losses_and_gradient_norms_equal_those_of_a_plain_loop_over_transformers
 
     inputs = build_inputs(load_config(path, overrides))
     eod = inputs.tokenizer.eod
-    peer = peer_of(build_parts(inputs.config, inputs.device).model, inputs.config)
+    peer = peer_of(build_parts(inputs.config, inputs.device).passes.stages[0], inputs.config)
     matrices = [m.weight for m in peer.modules() if isinstance(m, torch.nn.Linear)]
     rest = [p for p in peer.parameters() if all(p is not matrix for matrix in matrices)]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]

@@ -20,20 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from megalm.parallel.mesh import Axis, Mesh
-from megalm.parallel.pipeline.plan import Placement
+from megalm.parallel.pipeline.plan import goes_down
 
 AHEAD = 2  # receives that wait for each sender: one is being filled while the other is taken
 Shape = tuple[int, ...]
 
 
 def one_way(mesh: Mesh, source: int, target: int) -> Axis:
-    """The group for messages from pipeline rank `source` to `target`, which are neighbours (the last and the first
-    are, too). Two ranks are neighbours both ways: there the lower one sends down."""
-    size = mesh.pipeline.size
-    return mesh.down if target == (source + 1) % size and (size > 2 or source < target) else mesh.up
+    """The group for messages from pipeline rank `source` to its neighbour `target`."""
+    return mesh.down if goes_down(source, target, mesh.pipeline.size) else mesh.up
 
 
 def _group(axis: Axis) -> ProcessGroup:
@@ -163,28 +160,3 @@ class Outbox:
     def _wait(self) -> None:
         with _peer_named(self.axis, self.target, "sending to it"):
             self._leaving.popleft()[0].wait()
-
-
-def add_tied_gradients(mesh: Mesh, placement: Placement, copies: Sequence[Tensor]) -> None:
-    """Gives both copies of a tied weight the sum of their gradients, bit for bit. `copies`: those on this rank, two
-    if it has the first and the last stage, or one, whose other is at the other end of the pipeline."""
-    gradients = [_local_gradient(copy) for copy in copies]
-    if len(gradients) == 1:
-        mine = gradients[0].contiguous()
-        other = placement[-1] if mesh.pipeline.rank == placement[0] else placement[0]
-        theirs = torch.empty_like(mine)
-        sent = _group(one_way(mesh, mesh.pipeline.rank, other)).send([mine], other, 0)
-        received = _group(one_way(mesh, other, mesh.pipeline.rank)).recv([theirs], other, 0)
-        with _peer_named(mesh.pipeline, other, "exchanging tied gradients with it"):
-            received.wait()
-            sent.wait()  # before the sum changes what is sent
-        gradients.append(theirs)
-    total = gradients[0] + gradients[1]  # a sum of two does not depend on their order
-    for copy in copies:
-        _local_gradient(copy).copy_(total)
-
-
-def _local_gradient(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    assert gradient is not None, "tied weights always have gradients"
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

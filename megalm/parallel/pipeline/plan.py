@@ -89,12 +89,11 @@ def peer(op: Op, stage: int, placement: Placement) -> int:
     return placement[stage + (1 if op in (Op.SEND_ACTIVATION, Op.RECEIVE_GRADIENT) else -1)]
 
 
-def travels_down(op: Op, stage: int, placement: Placement) -> bool:
-    """Whether a message is one of the group `down` (from a rank to the next one, the last one's next is the first), not
-    `up`. Of two neighbouring stages, activations take one group and gradients the other, even with two ranks."""
-    first = stage if op in (Op.SEND_ACTIVATION, Op.RECEIVE_GRADIENT) else stage - 1
-    down = placement[first + 1] == (placement[first] + 1) % (max(placement) + 1)
-    return down is (op in (Op.SEND_ACTIVATION, Op.RECEIVE_ACTIVATION))
+def goes_down(source: int, target: int, ranks: int) -> bool:
+    """Whether a message from rank `source` to its neighbour `target` belongs to the group `down` (to the next rank; the
+    last one's next is the first), not `up`. A group carries messages one way only between two ranks; if there are but
+    two, which are neighbours both ways, the first sends down."""
+    return target == (source + 1) % ranks and (ranks > 2 or source < target)
 
 
 def one_stage_plan(micro_batches: int, forward_only: bool = False) -> Plan:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from megalm.parallel.pipeline.plan import Action, Op, Placement, Plan, PlanError, peer, travels_down
+from megalm.parallel.pipeline.plan import Action, Op, Placement, Plan, PlanError, goes_down, peer
 from megalm.parallel.pipeline.simulate import Costs, simulate
 
 _MESSAGES = (Op.SEND_ACTIVATION, Op.RECEIVE_ACTIVATION, Op.SEND_GRADIENT, Op.RECEIVE_GRADIENT)
@@ -141,4 +141,6 @@ def _message(action: Action) -> tuple[bool, int, int]:
 
 
 def _line(action: Action, placement: Placement) -> bool:
-    return travels_down(action.op, action.stage, placement)
+    here, other = placement[action.stage], peer(action.op, action.stage, placement)
+    source, target = (here, other) if action.op in (Op.SEND_ACTIVATION, Op.SEND_GRADIENT) else (other, here)
+    return goes_down(source, target, max(placement) + 1)

@@ -7,20 +7,24 @@ from datetime import timedelta
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megalm.config.sections import Model, Zero
 from megalm.model.init import initialise
-from megalm.model.transformer import ModelInputs, Stage, Transformer
+from megalm.model.transformer import ModelInputs, Recompute, Stage, Transformer
 from megalm.parallel.mesh import Layout, build_mesh
 from megalm.parallel.pipeline.executor import Executor
-from megalm.parallel.pipeline.p2p import add_tied_gradients, warm_up
+from megalm.parallel.pipeline.p2p import warm_up
 from megalm.parallel.pipeline.plan import Placement, Schedule, placement_of
 from megalm.parallel.pipeline.planner import plan_schedule
+from megalm.parallel.pipeline.recording import Recording
+from megalm.parallel.pipeline.tied import add_tied_gradients
 from megalm.parallel.tensor.axis import TensorParallel
 from megalm.parallel.weight_gradients import WeightGradientQueue
-from megalm.parallel.zero.sync import GradientSync, NoSync
+from megalm.parallel.zero.fsdp import shard_stage
+from megalm.parallel.zero.sync import GradientSync
 
 HIDDEN, VOCABULARY, LENGTH = 16, 40, 8
 TWO_RANKS = Layout(pipeline=2)
@@ -34,7 +38,8 @@ class Case:
     micro_batches: int = 4
     tied: bool = False
     layers: int = 8
-    zero: Zero | None = None
+    zero_stage: int = 1
+    recompute: Recompute = "none"
     cut: tuple[int, ...] | None = None
     """Layers of each stage; alike if not given."""
 
@@ -93,12 +98,12 @@ class Pipeline:
         cut = self.case.cut or (self.case.layers // stages,) * stages
         first = sum(cut[:stage])
         part = Stage(first, first + cut[stage], stage == 0, stage == stages - 1)
-        model = Transformer(self.case.config, torch.float64, tp=tp, stage=part).double()
+        model = Transformer(self.case.config, torch.float64, self.case.recompute, tp, part).double()
         initialise(model, 0)
         return model
 
     def _sync(self, model: Transformer) -> GradientSync:
-        return NoSync()
+        return shard_stage(model, self.mesh, Zero(stage=self.case.zero_stage), torch.float64)  # type: ignore[arg-type]
 
     def executor(self, micro_batches: int | None = None, forward_only: bool = False) -> Executor:
         case = self.case
@@ -115,10 +120,10 @@ class Pipeline:
             self.mesh,
             self.queue,
             torch.float64,
-            partial(add_tied_gradients, self.mesh, case.placement, copies),
+            partial(add_tied_gradients, copies, self.mesh.pipeline, (case.placement[0], case.placement[-1])),
         )
 
-    def step(self, executor: Executor, batch: list[ModelInputs], **options: object) -> None:
+    def step(self, executor: Executor, batch: list[ModelInputs], recording: Recording | None = None) -> None:
         self.losses.clear()
 
         def forward(stage: int, number: int, x: Tensor | None) -> Tensor:
@@ -129,14 +134,30 @@ class Pipeline:
             return output
 
         tensor = self.mesh.tensor.size
-        executor.step(forward, [(len(i.tokens_T) // tensor, HIDDEN) for i in batch], **options)
+        executor.step(forward, [(len(i.tokens_T) // tensor, HIDDEN) for i in batch], recording)
 
-    def gradients(self) -> dict[tuple[int, str], Tensor]:
-        """By stage and name."""
+    def gradients(self) -> dict[str, Tensor]:
+        """By name, as far as they are here; summed over tensor ranks where each has that of its own rows or heads."""
         found = {}
-        for stage, model in self.models.items():
+        for model in self.models.values():
             for name, parameter in model.named_parameters():
-                grad = parameter.grad
+                grad, part = parameter.grad, model.parts[name]
                 assert grad is not None, f"{name} has no gradient"
-                found[stage, name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+                grad = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+                if part.partial and part.copies > 1:
+                    dist.all_reduce(grad, group=self.mesh.tensor.group)
+                found[name] = grad
         return found
+
+    def forget_gradients(self) -> None:
+        for model in self.models.values():
+            model.zero_grad()
+
+    def mine(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of gradients of whole parameters, what this rank has."""
+        parts = {name: part for model in self.models.values() for name, part in model.parts.items()}
+        boxes = {
+            name: tuple(slice(o, o + s) for o, s in zip(part.offset, part.size, strict=True))
+            for name, part in parts.items()
+        }
+        return {name: whole[name][box] for name, box in boxes.items()}

@@ -40,6 +40,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     recompute: str = "none"
     offload: str = "none"
+    length: int = 16
+    """Of a micro-batch, in tokens."""
     changes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -49,7 +51,7 @@ class Case:
         return Layout(data_replicate=self.replicate, data_shard=self.shard)
 
 
-def micro_batch(number: int, length: int = 16) -> ModelInputs:
+def micro_batch(number: int, length: int) -> ModelInputs:
     """The same for every layout."""
     tokens_T = torch.randint(SHAPE["vocab_size"], (length,), generator=torch.Generator().manual_seed(number))
     counted_T = torch.arange(length) < length - number % 3
@@ -58,8 +60,8 @@ def micro_batch(number: int, length: int = 16) -> ModelInputs:
     return ModelInputs(tokens_T, positions_T, ends, tokens_T.roll(-1), counted_T)
 
 
-def counted(ranks: int) -> int:
-    return sum(int(micro_batch(i).counted_T.sum()) for i in range(ranks * MICRO_BATCHES))
+def counted(ranks: int, length: int) -> int:
+    return sum(int(micro_batch(i, length).counted_T.sum()) for i in range(ranks * MICRO_BATCHES))
 
 
 def build(case: Case, tp: TensorParallel | None = None) -> Transformer:
@@ -84,13 +86,13 @@ def run_step(
     """One step in the case's order, as an executor would do it; this rank's nats."""
     passes = case.order.split()
     losses: dict[int, Tensor] = {}
-    nats, scale = 0.0, 1 / counted(ranks)
+    nats, scale = 0.0, 1 / counted(ranks, case.length)
     sync.begin()
     for place, action in enumerate(passes):
         kind, i = action[0], int(action[1:])
         last = not any(later[0] in "BW" for later in passes[place + 1 :])
         if kind == "F":
-            losses[i], loss = model(micro_batch(rank * MICRO_BATCHES + i), scale=scale)
+            losses[i], loss = model(micro_batch(rank * MICRO_BATCHES + i, case.length), scale=scale)
             nats += loss.item()
         elif kind == "W":
             queue.run(i)
@@ -122,7 +124,7 @@ def plain_gradients(case: Case) -> tuple[float, dict[str, Tensor]]:
     """The same by autograd alone, in one process."""
     model, ranks, nats = build(case), case.layout.size, 0.0
     for i in range(ranks * MICRO_BATCHES):
-        objective, loss = model(micro_batch(i), scale=1 / counted(ranks))
+        objective, loss = model(micro_batch(i, case.length), scale=1 / counted(ranks, case.length))
         objective.backward()
         nats += loss.item()
     return nats, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

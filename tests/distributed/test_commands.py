@@ -1,0 +1,160 @@
+"""Runs of several processes through the real commands: layouts, kills, stops, differences, mistakes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import losses, read_metrics, wait_for_step, write_config
+
+from megalm.cli import main
+
+SETTINGS = ["schedule={steps: 24}", "model.num_heads=4", "optimizer.eps=1.0e-5", "run.timeout=20.0"]
+FOUR = ["parallel.tensor=2", "parallel.pipeline={size: 2, schedule: zbv}", "model.num_layers=4"]
+OTHER = ["parallel.data=4", "parallel.zero={stage: 3, shard: 2}", "model.num_layers=4", "batch.micro_size=2"]
+
+
+def command(config: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "megalm.train", config, *SETTINGS, *arguments]
+
+
+def started(config: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command(config, *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", **environment},
+    )
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes that an agent has started, in the order of their ranks."""
+    found = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in found if "megalm.train" in " ".join(child.cmdline())]
+    return sorted(ranks, key=lambda child: int(child.environ()["RANK"]))
+
+
+def by_hand(config: str, *arguments: list[str]) -> list[subprocess.Popen[bytes]]:
+    """One process a list of arguments, which find each other without an agent."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [
+        started(config, *more, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank, more in enumerate(arguments)
+    ]
+
+
+def outcome(process: subprocess.Popen[bytes], timeout: float = 120) -> tuple[int, list[str]]:
+    """Exit code, and the errors that were said."""
+    _, errors = process.communicate(timeout=timeout)
+    return process.returncode, [line for line in errors.decode().splitlines() if line.startswith("megalm: error")]
+
+
+def test_a_killed_run_goes_on_under_another_layout_with_the_same_losses(data: Path, tmp_path: Path) -> None:
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    assert main(["train", write_config(data, alone), *SETTINGS, "model.num_layers=4"]) == 0
+    config = write_config(data, several)
+    process = started(config, "--nproc", "4", *FOUR)
+    wait_for_step(process, several, 12)
+    for rank in ranks_of(process):
+        rank.kill()
+    process.kill()
+    process.wait()
+    assert 5 <= read_metrics(several)[-1]["step"] < 24
+    assert outcome(started(config, "--nproc", "4", *OTHER)) == (0, [])
+    ours, theirs = losses(several), losses(alone)
+    assert [step for step, *_ in ours] == [step for step, *_ in theirs]
+    for (step, *line), (_, *wanted) in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-5), f"step {step}"
+    assert [m.get("data_hash") for m in read_metrics(several)] == [m.get("data_hash") for m in read_metrics(alone)]
+    assert main(["generate", str(several), "--prompt", "a: number", "--max-new-tokens", "5"]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_killed_or_stopped_ends_the_run_and_is_named(
+    data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    processes = by_hand(
+        write_config(data, run), *[["parallel.data=3", "batch.global_size=9", "batch.micro_size=3"]] * 3
+    )
+    wait_for_step(processes[0], run, 3)
+    os.kill(processes[1].pid, number)
+    begun = time.monotonic()
+    code, errors = outcome(processes[0])
+    assert (code, outcome(processes[2])) == (1, (1, []))
+    assert time.monotonic() - begun < 60
+    processes[1].kill()
+    processes[1].wait()
+    [error] = errors
+    assert error.startswith(f"megalm: error: rank 1 ({socket.gethostname()}) no longer answers")
+
+
+def test_a_rank_with_another_config_is_named_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes = by_hand(write_config(data, run), [], [], ["optimizer.learning_rate=0.5"], [])
+    ends = [outcome(process) for process in processes]
+    assert [code for code, _ in ends] == [2] * 4
+    [error] = ends[0][1]
+    assert "rank 2" in error
+    assert "has another config than 3 of 4 ranks: learning_rate: 0.5 instead of learning_rate: 0.003" in error
+    assert [errors for _, errors in ends[1:]] == [[]] * 3
+    assert not run.exists()
+
+
+def test_a_mistake_is_said_once_and_nothing_is_written(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = write_config(data, run)
+    ends = [outcome(process) for process in by_hand(config, *[["parallel.tensor=3"]] * 2)]
+    assert [code for code, _ in ends] == [2, 2]
+    assert "parallel.tensor=3 needs at least 3 processes" in ends[0][1][0]
+    assert ends[1][1] == []
+    code, errors = outcome(started(config, "--nproc", "2", "parallel.tensor=2", "model.ffn_size=63"))
+    assert code == 2
+    assert len(errors) == 1
+    assert not run.exists()
+
+
+def test_what_only_one_rank_cannot_find_is_said_with_its_name(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ends = [outcome(p) for p in by_hand(write_config(data, run), [], ["data.sources.0.path=nowhere"])]
+    assert [code for code, _ in ends] == [2, 2]
+    assert "rank 1" in ends[0][1][0]
+    assert "nowhere" in ends[0][1][0]
+    assert ends[1][1] == []
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes = by_hand(write_config(data, run), *[["schedule.steps=5000"]] * 2)
+    wait_for_step(processes[0], run, 3)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [outcome(process) for process in processes] == [(0, [])] * 2
+    last = read_metrics(run)[-1]["step"]
+    assert last < 5000
+    assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
+    assert f"a signal to another rank: stopped after step {last}" in (run / "train.log").read_text()
+
+
+def test_a_run_that_diverges_ends_all_ranks_with_one_line(data: Path, tmp_path: Path) -> None:
+    overrides = ["optimizer={learning_rate: 1.0e+30, clip_norm: null}", "schedule.warmup_steps=0", "parallel.tensor=2"]
+    ends = [outcome(p) for p in by_hand(write_config(data, tmp_path / "run"), *[overrides] * 2)]
+    assert [code for code, _ in ends] == [2, 2]
+    assert "training has diverged" in ends[0][1][0]
+    assert ends[1][1] == []
+
+
+def test_torchrun_starts_a_run(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megalm.train"]
+    config = [write_config(data, run), "schedule={steps: 2}", "--local_rank=0"]
+    assert subprocess.run([*torchrun, *config], stdout=subprocess.DEVNULL, timeout=120).returncode == 0
+    assert read_metrics(run)[-1]["step"] == 2
