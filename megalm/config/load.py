@@ -106,7 +106,7 @@ def _derive_parallel(parallel: Parallel, data: int) -> Parallel:
         update={
             "data": data,
             "pipeline": pipeline.model_copy(update={"chunks": pipeline_chunks(pipeline)}),
-            "zero": zero.model_copy(update={"shard": zero.shard or data}),
+            "zero": zero.model_copy(update={"shard": zero.shard or (data if zero.stage else 1)}),
         }
     )
 

@@ -191,6 +191,11 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
 
     data = max(data_ranks(parallel, processes), 1)
     yield from _offload(parallel.zero, data)
+    if parallel.zero.stage == 0 and (parallel.zero.shard or 1) > 1:
+        yield (
+            f"parallel.zero.shard={parallel.zero.shard} has no meaning with parallel.zero.stage=0, which shards "
+            "nothing: remove it, or choose stage 1, 2 or 3"
+        )
     yield from _must_divide("parallel.zero.shard", parallel.zero.shard or data, "the data ranks", data)
     yield from deepspeed.broken_rules(config, data)
     for key, size in batch_sizes(batch):

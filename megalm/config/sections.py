@@ -44,7 +44,8 @@ class Run(Section):
     """Activations computed again in the backward pass: none, all but the results of matrix products and attention
     (`selective`), or whole blocks (`full`)."""
     timeout: float = Field(default=600.0, gt=0)
-    """Seconds after which a rank that does not answer ends the run."""
+    """Seconds after which a rank that does not answer ends the run; more than any rank takes to write its part of a
+    checkpoint."""
 
 
 class RopeScaling(Section):
@@ -225,7 +226,7 @@ class Zero(Section):
     rank all are the same."""
     shard: int | None = Field(default=None, gt=0)
     """Data ranks, neighbours, that share one copy; groups of them replicate it (hybrid sharding); derived: all data
-    ranks."""
+    ranks, or 1 with stage 0."""
     engine: Literal["fsdp", "deepspeed"] = "fsdp"
     """What shards: torch's FSDP2, or DeepSpeed with the settings of the section `deepspeed` (without a pipeline)."""
     offload: Literal["none", "cpu"] = "none"

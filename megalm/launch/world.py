@@ -78,10 +78,9 @@ class World:
         watch.start()
         try:
             limit = timedelta(seconds=timeout)
-            where = device if device.type == "cuda" else None
-            dist.init_process_group(
-                backend, store=self._store, rank=rank, world_size=size, timeout=limit, device_id=where
-            )
+            # No `device_id`: with it NCCL runs all messages of a group one after the other, and a pipeline's receives
+            # that are posted ahead would hold up its sends; without it each pair of ranks has its own order.
+            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=limit)
             yield
             dist.barrier()  # a group that goes while a peer still uses it may end the process
         except (KeyboardInterrupt, SystemExit):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,3 @@ def adamw_without_state(config: Optimizer, named: Sequence[tuple[str, nn.Paramet
         {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
-
-
-def moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The optimizer's state by name, `optimizer.exp_avg.<parameter>` and so on; under FSDP most are DTensors."""
-    for name, parameter in model.named_parameters():
-        for kind, tensor in optimizer.state[parameter].items():
-            yield f"optimizer.{kind}.{name}", tensor

@@ -36,12 +36,13 @@ from megalm.optim.adamw import adamw_without_state
 from megalm.optim.build import build_optimizer
 from megalm.parallel.mesh import Layout, Mesh, build_mesh
 from megalm.parallel.part import Part
+from megalm.parallel.pipeline.p2p import warm_up
 from megalm.parallel.pipeline.partition import bounds_of, partition, stage_costs
 from megalm.parallel.pipeline.plan import Placement, placement_of
 from megalm.parallel.pipeline.simulate import Costs
 from megalm.parallel.tensor.axis import TensorParallel
 from megalm.parallel.weight_gradients import WeightGradientQueue
-from megalm.parallel.zero.deepspeed import DeepSpeedStage
+from megalm.parallel.zero.deepspeed import DeepSpeedStage, load_deepspeed
 from megalm.parallel.zero.fsdp import shard_stage
 from megalm.parallel.zero.regions import Region, regions
 from megalm.train.device import DTYPES, pick_device, total_memory
@@ -92,13 +93,16 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 def build_inputs(config: Config, process: Process | None = None) -> Inputs:
     """Steps 1 to 3: raises a UserError for whatever is wrong, and writes nothing."""
     data, device = open_run_data(config), pick_device(config.run.device, process.local_rank if process else 0)
+    if config.parallel.zero.engine == "deepspeed":
+        load_deepspeed(device)
     config = with_vocabulary(config, data.tokenizer)
     _check_memory(config, device)
     return Inputs(config, data.tokenizer, data.loader, data.needs, device)
 
 
 def _check_memory(config: Config, device: torch.device) -> None:
-    ranks = layout_of(config.parallel).size if device.type == "cuda" else 1
+    layout = layout_of(config.parallel)
+    ranks = layout.size // layout.data_replicate if device.type == "cuda" else 1
     needed = parameter_count(config.model, known(config.model.vocab_size)) * BYTES_A_PARAMETER
     there = total_memory(device) * ranks  # ranks that compute on CPUs may share a machine
     if needed > there:
@@ -109,10 +113,10 @@ def _check_memory(config: Config, device: torch.device) -> None:
 
 
 def layout_of(parallel: Parallel) -> Layout:
-    """The mesh's axes. ZeRO 0 shards nothing, so there all data ranks are replicas."""
+    """The mesh's axes."""
     data = parallel.data
     assert isinstance(data, int), "only a resolved config may be used"
-    shard = known(parallel.zero.shard) if parallel.zero.stage else 1
+    shard = known(parallel.zero.shard)  # 1 with ZeRO 0: all data ranks are replicas
     return Layout(parallel.pipeline.size, data // shard, shard, parallel.tensor)
 
 
@@ -123,6 +127,7 @@ def build_parts(config: Config, device: torch.device) -> Parts:
     if layout.size > 1:
         copies = max(1, layout.tensor // known(model.num_kv_heads))
         mesh = build_mesh(layout, device, timedelta(seconds=config.run.timeout), copies)
+        warm_up(mesh)
     compute, pipeline = DTYPES[config.precision.compute], config.parallel.pipeline
     tp = TensorParallel(
         mesh.tensor,
@@ -143,7 +148,8 @@ def build_parts(config: Config, device: torch.device) -> Parts:
         if config.parallel.zero.engine == "deepspeed":
             return _under_deepspeed(config, stages[number].to_empty(device=device), mesh, placement)
         syncs[number] = shard_stage(stages[number], mesh, config.parallel.zero, compute)
-        stages[number].to_empty(device=device)
+        offloaded = config.parallel.zero.offload == "cpu" and layout.data > 1
+        stages[number].to_empty(device="cpu" if offloaded else device)
         initialise(stages[number], config.run.seed)
         for block in stages[number].layers.values() if config.run.compile else ():
             block.compile()

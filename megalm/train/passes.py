@@ -16,6 +16,7 @@ from megalm.config.sections import Pipeline, known
 from megalm.model.transformer import ModelInputs, Transformer
 from megalm.parallel.mesh import Mesh
 from megalm.parallel.pipeline.executor import Executor
+from megalm.parallel.pipeline.p2p import Buffers
 from megalm.parallel.pipeline.plan import Placement
 from megalm.parallel.pipeline.planner import plan_schedule
 from megalm.parallel.pipeline.recording import Recording
@@ -41,6 +42,7 @@ class Passes:
         self.stages, self.syncs, self.mesh, self._calls = stages, syncs, mesh, calls or stages
         self.pipeline, self.placement, self.costs = pipeline, placement, costs
         self._any = next(iter(stages.values()))
+        self._buffers = Buffers(self._any.compute, mesh.device)
         self._executors: dict[tuple[int, bool], Executor] = {}
 
     @classmethod
@@ -93,10 +95,11 @@ class Passes:
                 self._any.tp.queue,
                 self._any.compute,
                 self._add_tied,
+                self._buffers,
             )
         return self._executors[key]
 
     def _add_tied(self) -> None:
         ends = self.placement[0], self.placement[-1]
         copies = [s.output.weight for s in self.stages.values() if s.stage.embeds or s.stage.predicts]
-        add_tied_gradients(copies, self.mesh.pipeline, ends)
+        add_tied_gradients(copies, self.mesh.pipeline, ends, self.mesh.device)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from layout_runs import Curve, curve, settings, stretch
-from ranks import forget_ranks, run_ranks
+from layout_runs import Curve, curve, losses_and_norms, settings, stretch
+from ranks import RankError, forget_ranks, run_ranks
 
 from megalm.config import resolve
+from megalm.errors import UserError
 from megalm.launch.ranks import Process
 from megalm.train.build import build_inputs
 from megalm.train.signals import StopRequest
@@ -137,3 +139,15 @@ def scored_in_between(raw: dict[str, Any]) -> list[Curve]:
 def test_evaluation_between_the_steps_changes_nothing(data: Path, stage: int) -> None:
     for without, scored in run_ranks(2, scored_in_between, settings(data, parallel=layout(1, 2, stage))):
         assert without == scored
+
+
+def test_without_the_package_the_mend_is_named_before_a_start(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"pip install 'megalm\[deepspeed\]'"):
+        build_inputs(resolve(settings(data, parallel=layout(1, 1, 1)), 1))
+
+
+def test_what_deepspeed_itself_refuses_is_one_line(data: Path) -> None:
+    raw = settings(data, parallel=layout(1, 1, 1), deepspeed={"zero_optimization": {"reduce_bucket_size": "many"}})
+    with pytest.raises(RankError, match=r"UserError: deepspeed: .*reduce_bucket_size.*\n"):
+        run_ranks(1, losses_and_norms, raw)

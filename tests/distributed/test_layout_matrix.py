@@ -27,6 +27,7 @@ SOME = [
     pipeline("1f1b", 2, tensor=2, data=2, zero={"stage": 3}),
     pipeline("zbv", 2, data=2, zero={"stage": 2}),
     pipeline("interleaved-zb", 4),
+    pipeline("interleaved", 2, data=4, zero={"stage": 2, "shard": 2}),
 ]
 ALL = [
     *all_layouts(),
@@ -72,10 +73,29 @@ def test_every_layout_gives_the_losses_and_norms_of_one_process(
     assert_same(curve(settings(data, MODELS[model]), layout), alone[model], 1e-5)
 
 
-@pytest.mark.parametrize("layout", [SOME[4], SOME[5], SOME[-3]], ids=name_of)
+@pytest.mark.parametrize("layout", [SOME[4], SOME[5], SOME[-4]], ids=name_of)
 def test_in_bfloat16_layouts_stay_close(data: Path, layout: dict[str, Any]) -> None:
     raw = settings(data, precision={"compute": "bfloat16"})
     assert_same(curve(raw, layout), curve(raw), 2e-2)
+
+
+@pytest.mark.parametrize("layout", [SOME[2], pipeline("zb-h1", 2, tensor=2, data=2)], ids=name_of)
+def test_dropout_smoothing_recomputation_and_growing_batches_depend_on_no_layout(
+    data: Path, layout: dict[str, Any]
+) -> None:
+    raw = settings(
+        data,
+        {"dropout": 0.1, "label_smoothing": 0.1, "z_loss": 1e-4},
+        batch={"global_size": 8, "micro_size": 1, "ramp": {"start": 4, "increment": 2, "samples": 60}},
+    )
+    raw["run"] = raw["run"] | {"recompute": "selective"}
+    assert_same(curve(raw, layout), curve(raw), 1e-5)
+
+
+@pytest.mark.parametrize("layout", [SOME[3], pipeline("1f1b", 2, tensor=2)], ids=name_of)
+def test_muon_takes_the_steps_of_one_process(data: Path, layout: dict[str, Any]) -> None:
+    raw = settings(data, optimizer={"kind": "muon", "learning_rate": 1e-3, "eps": 1e-5})
+    assert_same(curve(raw, layout), curve(raw), 1e-4)
 
 
 def assert_same(ours: Curve, theirs: Curve, tolerance: float) -> None:

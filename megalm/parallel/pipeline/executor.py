@@ -65,7 +65,8 @@ class Executor:
     """One rank's `actions` of a plan, to be run step after step with `step`.
 
     `syncs` has the data parallelism of each stage on this rank, `queue` is that of the stages' layers, `dtype` that of
-    the stages' outputs. `add_tied` is called when the first and the last stage, as far as they are here, are reduced.
+    the stages' outputs, and `buffers` where what is received lies: one for all executors whose steps do not overlap.
+    `add_tied` is called when the first and the last stage, as far as they are here, are reduced.
     """
 
     def __init__(
@@ -77,12 +78,13 @@ class Executor:
         queue: WeightGradientQueue | None = None,
         dtype: torch.dtype = torch.float32,
         add_tied: Callable[[], None] | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         self.mesh, self.placement = mesh or Mesh(), placement
         self.queue, self.add_tied = queue or WeightGradientQueue(), add_tied
         self.trains = any(action.op in _WEIGHTS for action in actions)
         self.syncs = dict(syncs)
-        self.buffers = Buffers(dtype, self.mesh.device)
+        self.buffers = buffers or Buffers(dtype, self.mesh.device)
         self.peak = 0
         """The most activations, each of one stage and micro-batch, that were alive at once in the last step."""
         self._inboxes: dict[int, Inbox] = {}

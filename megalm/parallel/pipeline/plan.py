@@ -94,9 +94,3 @@ def goes_down(source: int, target: int, ranks: int) -> bool:
     last one's next is the first), not `up`. A group carries messages one way only between two ranks; if there are but
     two, which are neighbours both ways, the first sends down."""
     return target == (source + 1) % ranks and (ranks > 2 or source < target)
-
-
-def one_stage_plan(micro_batches: int, forward_only: bool = False) -> Plan:
-    """The plan of the one rank that holds the whole model."""
-    ops = (Op.FORWARD,) if forward_only else (Op.FORWARD, Op.BACKWARD)
-    return (tuple(Action(op, 0, i) for i in range(micro_batches) for op in ops),)

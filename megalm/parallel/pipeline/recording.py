@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalm.errors import UserError
 from megalm.files import write_atomic
 from megalm.parallel.mesh import Mesh
 from megalm.parallel.pipeline.plan import Action, Placement
@@ -65,7 +66,10 @@ class Recording:
                 "bytes": sum(sent for _, sent in ranks),
                 "ranks": [spans for spans, _ in ranks],
             }
-            write_atomic(path, json.dumps(content).encode())
+            try:
+                write_atomic(path, json.dumps(content).encode())
+            except OSError as error:
+                raise UserError(f"{path}: cannot write: {error.strerror}; the last checkpoint is intact") from error
 
     def _now(self) -> Any:
         if not self._on_gpu:

@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 from megalm.parallel.mesh import Axis
 
 
-def add_tied_gradients(copies: list[nn.Parameter], axis: Axis, ends: tuple[int, int]) -> None:
+def add_tied_gradients(copies: list[nn.Parameter], axis: Axis, ends: tuple[int, int], device: torch.device) -> None:
     """Gives both copies the sum of both gradients, the same to the last bit, so that they stay equal.
 
     `copies`: this rank's, one or both. `ends`: the pipeline ranks of the first and the last stage on `axis`; both call
-    it. Gradients may be sharded, both alike.
+    it. Gradients may be sharded, both alike, and rest elsewhere than on `device`, which is the group's.
     """
     mine = [_local(copy) for copy in copies]
     if len(mine) == 2:
@@ -22,12 +22,13 @@ def add_tied_gradients(copies: list[nn.Parameter], axis: Axis, ends: tuple[int, 
         mine[1].copy_(mine[0])
         return
     (own,) = mine
-    other = torch.empty_like(own)
+    sent = own.to(device)
+    other = torch.empty_like(sent)
     peer = axis.ranks[ends[0] if axis.rank == ends[1] else ends[1]]
-    exchange = [dist.P2POp(dist.isend, own, peer, axis.group), dist.P2POp(dist.irecv, other, peer, axis.group)]
+    exchange = [dist.P2POp(dist.isend, sent, peer, axis.group), dist.P2POp(dist.irecv, other, peer, axis.group)]
     for work in dist.batch_isend_irecv(exchange):
         work.wait()
-    own.add_(other)  # a + b and b + a are the same number
+    own.add_(other.to(own.device))  # a + b and b + a are the same number
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

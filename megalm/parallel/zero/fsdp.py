@@ -122,6 +122,8 @@ class FsdpSync:
         for unit in self.units:
             gradients = [local(p.grad) for p in unit.parameters() if p.grad is not None and p not in seen]
             seen.update(unit.parameters())
+            if not gradients:  # a middle stage has nothing outside of its blocks
+                continue
             flat = torch.cat([gradient.flatten() for gradient in gradients]).to(self.device)
             work = dist.all_reduce(flat, group=self.replicas.group, async_op=True)
             self.summing.append((work, flat, gradients))
