@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from megalm.errors import UserError
-from megalm.parallel.pipeline.plan import Orders, Placement, looped, v_shaped
+from megalm.parallel.pipeline.plan import Placement, looped, v_shaped
 from megalm.parallel.pipeline.planner import plan_schedule
 from megalm.parallel.pipeline.schedules import compute_orders, templates
 from megalm.parallel.pipeline.search import search
@@ -65,17 +63,3 @@ def test_a_small_cap_is_kept_and_one_that_nothing_keeps_is_a_mistake() -> None:
         search(looped(4, 1), 8, Costs.uniform(4), 0.5)
     with pytest.raises(UserError, match="schedule=gpipe: a rank's activations take 8 at once, more than the cap of 4"):
         plan_schedule("gpipe", 4, 1, 8, memory_cap=4)
-
-
-def test_a_searched_plan_is_kept_and_made_again_if_its_file_is_damaged(tmp_path: Path) -> None:
-    def orders() -> Orders:
-        return plan_schedule("auto", 2, 2, 5, Costs.uniform(4), cache=tmp_path)
-
-    first = orders()
-    (file,) = tmp_path.iterdir()
-    content = file.read_bytes()
-    assert orders() == first
-    for damage in (b"", b"F0.0 nonsense", content[: len(content) // 2], content.replace(b"W0.1 ", b"")):
-        file.write_bytes(damage)
-        assert orders() == first
-        assert file.read_bytes() == content
