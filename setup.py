@@ -92,6 +92,7 @@ setup(
             "megatron-core",
             "mypy",
             "ninja",
+            "psutil",
             "pyarrow",
             "pybind11",
             "pytest",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -41,15 +44,31 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return sorted(ranks, key=lambda child: int(child.environ()["RANK"]))
 
 
+def free_port() -> int:
+    """Below those that the system gives to clients, of which the other ranks are some."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("localhost", port))
+            return port
+    pytest.fail("no port is free")
+
+
 def by_hand(config: str, *arguments: list[str]) -> list[subprocess.Popen[bytes]]:
     """One process a list of arguments, which find each other without an agent."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     common = {"WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     return [
         started(config, *more, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank, more in enumerate(arguments)
     ]
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_is_left() -> Iterator[None]:
+    yield
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "megalm.train" in process.cmdline():
+                process.kill()
 
 
 def outcome(process: subprocess.Popen[bytes], timeout: float = 120) -> tuple[int, list[str]]:
