@@ -123,7 +123,8 @@ def _keys_at(loc: tuple[Any, ...]) -> Iterator[str]:
     annotation: Any = Config
     for part in loc:
         annotation = _inner(annotation, part)
-    yield from _plain(annotation).model_fields
+    if _is_model(annotation):  # not what is passed through, whose keys are not ours
+        yield from _plain(annotation).model_fields
 
 
 def _description(loc: tuple[Any, ...]) -> str:
