@@ -182,8 +182,8 @@ class World:
             failure = self._judge(self._store)
         except RuntimeError:
             return RunFailed(f"rank {self.process.rank}: {GONE}", 1)
-        if ours and self.process.rank == 0:
-            return error
+        if ours:
+            return error if self.process.rank == 0 else failure
         if first == self.process.rank and not _of_network(error):
             return error  # with its traceback
         return failure
