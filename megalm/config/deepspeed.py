@@ -67,8 +67,13 @@ def broken_rules(config: Config, data: int) -> Iterator[str]:
             f"optimizer.kind='{config.optimizer.kind}' cannot be run by parallel.zero.engine='deepspeed': choose "
             "adamw, or engine fsdp"
         )
-    if config.run.compile and zero.stage == 3:
-        yield "run.compile=true cannot be run by DeepSpeed's stage 3: set it to false, or choose engine fsdp"
+    if config.run.compile:
+        yield "run.compile=true has not been tried with DeepSpeed's hooks: set it to false, or choose engine fsdp"
+    if config.run.recompute == "selective" and zero.stage == 3:
+        yield (
+            "run.recompute=selective cannot be run by DeepSpeed's stage 3, which gathers otherwise when it computes "
+            "again: choose full or none, or engine fsdp"
+        )
     for name in OURS:
         if name in theirs:
             yield f"deepspeed.{name} is for the run's own config to say: remove it"

@@ -159,9 +159,7 @@ def build_parts(config: Config, device: torch.device) -> Parts:
 
 
 def _under_deepspeed(config: Config, model: Transformer, mesh: Mesh, placement: Placement) -> Parts:
-    """Steps 6 to 9 where DeepSpeed's engine shards and updates; it makes the masters, so weights come after it."""
-    for block in model.layers.values() if config.run.compile else ():
-        block.compile()
+    """Steps 6, 7 and 9 where DeepSpeed's engine shards and updates; it makes the masters, so weights come after it."""
     adamw = adamw_without_state(config.optimizer, list(model.named_parameters()))
     engine = DeepSpeedStage(model, model.parts, adamw, mesh, engine_settings(config))
     for region in engine.held:

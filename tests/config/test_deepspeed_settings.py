@@ -51,7 +51,8 @@ BROKEN = {
         {"stage": 3}, deepspeed={"zero_optimization": {"offload_param": {"device": "nvme"}}}
     ),
     "deepspeed has no meaning with": config({"engine": "fsdp"}, deepspeed={"steps_per_print": 10}),
-    "run.compile=true cannot be run": config({"stage": 3}, run={"compile": True}),
+    "run.compile=true has not been tried": config({"stage": 3}, run={"compile": True}),
+    "run.recompute=selective cannot be run": config({"stage": 3}, run={"recompute": "selective"}),
     "deepspeed.optimizer is for the run's own config": config({}, deepspeed={"optimizer": {"type": "Adam"}}),
     "deepspeed.gradient_clipping=1.0 contradicts": config({}, deepspeed={"gradient_clipping": 1.0}),
     "deepspeed.zero_optimization.stage=3 contradicts the rest of the config, which means 2": config(
