@@ -52,6 +52,8 @@ class _Pool:
     def take(self, size: int) -> list[_Worker]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
+        if not all(worker.process.is_alive() for worker in self.workers):
+            self.close()  # something ended one between two calls
         while len(self.workers) < size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)

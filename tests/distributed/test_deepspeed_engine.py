@@ -46,6 +46,7 @@ def assert_same(ours: Curve, theirs: Curve, tolerance: float = 1e-5) -> None:
 @pytest.fixture(scope="module")
 def alone(data: Path) -> dict[str, Curve]:
     """What one process gives, on torch alone."""
+    forget_ranks()
     return {
         "untied": curve(settings(data, UNTIED)),
         "tied": curve(settings(data, TIED)),

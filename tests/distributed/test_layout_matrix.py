@@ -86,7 +86,7 @@ def test_dropout_smoothing_recomputation_and_growing_batches_depend_on_no_layout
     raw = settings(
         data,
         {"dropout": 0.1, "label_smoothing": 0.1, "z_loss": 1e-4},
-        batch={"global_size": 8, "micro_size": 1, "ramp": {"start": 4, "increment": 2, "samples": 60}},
+        batch={"global_size": 8, "micro_size": 1, "ramp": {"start": 4, "increment": 4, "samples": 60}},
     )
     raw["run"] = raw["run"] | {"recompute": "selective"}
     assert_same(curve(raw, layout), curve(raw), 1e-5)
