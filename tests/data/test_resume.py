@@ -298,7 +298,7 @@ def test_a_worker_that_is_killed_ends_the_command_and_its_work_is_kept(slow_corp
     (failure,) = failures
     assert "a worker process was killed by SIGKILL: if memory is short" in str(failure)
     assert f"units are kept in {output.with_name('.out.work')}: the same command, run again, goes on" in str(failure)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(others)
     assert not output.exists()
     command(1)
     assert output.exists()
