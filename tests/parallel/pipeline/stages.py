@@ -120,7 +120,13 @@ class Pipeline:
             self.mesh,
             self.queue,
             torch.float64,
-            partial(add_tied_gradients, copies, self.mesh.pipeline, (case.placement[0], case.placement[-1])),
+            partial(
+                add_tied_gradients,
+                copies,
+                self.mesh.pipeline,
+                (case.placement[0], case.placement[-1]),
+                self.mesh.device,
+            ),
         )
 
     def step(self, executor: Executor, batch: list[ModelInputs], recording: Recording | None = None) -> None:
