@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import transformers
+from torch import Tensor
+
+from megalm.config.sections import Model
+
 LLAMA_NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
     "final_norm.weight": "model.norm.weight",
@@ -27,3 +34,21 @@ def llama_name(name: str) -> str:
     _, number, rest = name.split(".", 2)
     module, _, kind = rest.rpartition(".")
     return f"model.layers.{number}.{LLAMA_NAMES[module]}.{kind}"
+
+
+def llama(shape: Model, values: Mapping[str, Tensor]) -> transformers.LlamaForCausalLM:
+    """transformers' Llama of this shape with the values of our parameters."""
+    peer = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            num_hidden_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_kv_heads,
+            intermediate_size=shape.ffn_size,
+            vocab_size=shape.vocab_size,
+            rms_norm_eps=shape.norm_eps,
+            attn_implementation="eager",
+        )
+    )
+    peer.load_state_dict({llama_name(name): value.detach().clone() for name, value in values.items()}, strict=True)
+    return peer

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalm.config.sections import Config
+from megalm.config.text import Raw, merged
 
-Settings = dict[str, Any]
 OURS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler", "fp16", "amp", "torch_autocast",
     "tensor_parallel", "checkpoint",
@@ -15,19 +15,19 @@ OURS = (
 """What would say again what the run's config says."""
 
 
-def engine_settings(config: Config) -> Settings:
+def engine_settings(config: Config) -> Raw:
     """What `deepspeed.initialize` is given: the section `deepspeed`, and over it what the rest of the config says.
 
     Accumulation, clipping and the learning rate are the trainer's. The engine sees each micro-batch as one step of
     which the trainer says whether it is the last one, so it has no more than one micro-batch to accumulate.
     """
     micro, zero = config.batch.micro_size or 1, config.parallel.zero
-    sharding: Settings = {"stage": zero.stage}
+    sharding: Raw = {"stage": zero.stage}
     if zero.offload != "none":
         sharding["offload_optimizer"] = {"device": zero.offload}
         if zero.stage == 3:
             sharding["offload_param"] = {"device": zero.offload}
-    ours: Settings = {
+    ours: Raw = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
@@ -37,7 +37,7 @@ def engine_settings(config: Config) -> Settings:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": sharding,
     }
-    return _merged(config.deepspeed, ours)
+    return merged(config.deepspeed, ours)
 
 
 def broken_rules(config: Config, data: int) -> Iterator[str]:
@@ -85,15 +85,7 @@ def broken_rules(config: Config, data: int) -> Iterator[str]:
         yield f"deepspeed.{key}={value} contradicts the rest of the config, which means {right}: leave it out"
 
 
-def _merged(under: Settings, over: Settings) -> Settings:
-    merged = {**under, **over}
-    for key in under.keys() & over.keys():
-        if isinstance(under[key], dict) and isinstance(over[key], dict):
-            merged[key] = _merged(under[key], over[key])
-    return merged
-
-
-def _contradictions(given: Settings, settings: Settings, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _contradictions(given: Raw, settings: Raw, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Key, value and right value of what is `given` and is not so in the `settings` that were made of it."""
     for key, value in given.items():
         right = settings[key]

@@ -20,7 +20,7 @@ from megalm.config.explain import explain, one_line, show
 from megalm.config.presets import PRESETS
 from megalm.config.rules import batch_sizes, broken_rules, data_ranks, fewest_processes, pipeline_chunks
 from megalm.config.sections import Config, Data, Model, Parallel, Schedule
-from megalm.config.text import Raw, apply_overrides, read_yaml
+from megalm.config.text import Raw, apply_overrides, merged, read_yaml
 from megalm.errors import UserError, nearest
 
 MICRO_BATCH_TOKENS = 8192
@@ -63,15 +63,7 @@ def _with_preset(raw: Raw) -> Raw:
     if name not in PRESETS:
         hint = nearest(name, PRESETS) or f" They are {', '.join(PRESETS)}."
         raise UserError(f"model.preset={show(name)} is not a preset.{hint}")
-    return {**raw, "model": _merge(PRESETS[name], section)}
-
-
-def _merge(under: Raw, over: Raw) -> Raw:
-    merged = {**under, **over}
-    for key in under.keys() & over.keys():
-        if isinstance(under[key], dict) and isinstance(over[key], dict):
-            merged[key] = _merge(under[key], over[key])
-    return merged
+    return {**raw, "model": merged(PRESETS[name], section)}
 
 
 def _derive(config: Config, processes: int) -> Config:

@@ -15,6 +15,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 FilePath = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 T = TypeVar("T")
+PipelineSchedule = Literal[
+    "gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "interleaved-zb", "zbv", "dualpipev", "auto"
+]
 
 
 def known(value: T | None) -> T:
@@ -209,9 +212,7 @@ class Batch(Section):
 class Pipeline(Section):
     size: int = Field(default=1, gt=0)
     """Number of pipeline ranks."""
-    schedule: Literal[
-        "gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "interleaved-zb", "zbv", "dualpipev", "auto"
-    ] = "1f1b"
+    schedule: PipelineSchedule = "1f1b"
     """Order of forward and backward passes over the stages; with one stage all are the same."""
     chunks: int | None = Field(default=None, gt=0)
     """Stages a rank; derived: 1, or 2 for the schedules that need several."""

@@ -87,6 +87,15 @@ def apply_overrides(raw: Raw, overrides: Sequence[str]) -> Raw:
     return raw
 
 
+def merged(under: Raw, over: Raw) -> Raw:
+    """`over`, and what only `under` says, at every depth."""
+    both = {**under, **over}
+    for key in under.keys() & over.keys():
+        if isinstance(under[key], dict) and isinstance(over[key], dict):
+            both[key] = merged(under[key], over[key])
+    return both
+
+
 def to_yaml(config: Config) -> str:
     """The config as YAML, in the order of its sections; loading it gives an equal config."""
     document = _Dumper(StringIO(), sort_keys=False).represent_data(config.model_dump(mode="json"))

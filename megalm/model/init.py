@@ -13,11 +13,11 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megalm.config.sections import Model
 from megalm.model.transformer import Transformer
 from megalm.parallel.part import Part
+from megalm.parallel.zero.regions import shard_rows
 
 ROWS = 256  # rows a block
 
@@ -46,8 +46,8 @@ def initialise(model: Transformer, seed: int) -> None:
     for name, parameter in model.named_parameters():
         part = model.parts[name]
         if isinstance(parameter, DTensor):
-            place = parameter.shape, parameter.device_mesh, parameter.placements
-            _, (first, *_) = compute_local_shape_and_global_offset(*place)
+            shards, last = parameter.device_mesh, parameter.device_mesh.ndim - 1
+            first, _ = shard_rows(len(parameter), shards.size(last), shards.get_local_rank(last))
             fill(parameter.to_local(), model.config, seed, name, part, first)
         else:
             fill(parameter, model.config, seed, name, part)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalm.parallel.collectives import start_joint_sum
 from megalm.parallel.mesh import Axis, Mesh
 from megalm.parallel.zero.regions import Region, local
 
@@ -42,10 +43,7 @@ def _sum(held: Sequence[Region], axis: Axis, device: torch.device) -> None:
     gradients = [local(r.parameter.grad) for r in held if r.parameter.grad is not None]
     if axis.size == 1 or not gradients:
         return
-    flat = torch.cat([gradient.flatten() for gradient in gradients]).to(device)
-    dist.all_reduce(flat, group=axis.group)
-    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(total.view_as(gradient))
+    start_joint_sum(gradients, axis, device)()
 
 
 @torch.no_grad()

@@ -13,7 +13,10 @@ The four of which autograd knows the derivative come in pairs, one the derivativ
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megalm.parallel.mesh import Axis
@@ -41,6 +44,20 @@ def start_sum(x: Tensor, axis: Axis) -> Tensor:
 def wait(x: Tensor) -> Tensor:
     """`x` of a collective that was started; any other tensor is given as it is."""
     return torch.ops._c10d_functional.wait_tensor(x)
+
+
+def start_joint_sum(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> Callable[[], None]:
+    """Adds up several tensors of one type over an axis of several ranks, in one message through `device`. What it gives
+    waits for the sums and puts them in the tensors' place."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
+    work = dist.all_reduce(flat, group=axis.group, async_op=True)
+
+    def finish() -> None:
+        work.wait()
+        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+    return finish
 
 
 def gather_rows(x: Tensor, axis: Axis) -> Tensor:

@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 
@@ -72,6 +73,12 @@ def curve(raw: dict[str, Any], parallel: dict[str, Any] | None = None) -> Curve:
     first, *others = run_ranks(size, losses_and_norms, raw | {"parallel": parallel | {"data": parallel.get("data", 1)}})
     assert all(other == first for other in others)
     return first
+
+
+def assert_same(ours: Curve, theirs: Curve, tolerance: float = 1e-5) -> None:
+    assert len({loss for loss, _ in theirs}) == len(theirs), "it trains"
+    for step, (line, wanted) in enumerate(zip(ours, theirs, strict=True), 1):
+        assert line == pytest.approx(wanted, rel=tolerance), f"step {step}"
 
 
 def all_layouts() -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from layout_runs import Curve, curve, losses_and_norms, settings, stretch
+from layout_runs import Curve, assert_same, curve, losses_and_norms, settings, stretch
 from ranks import RankError, forget_ranks, run_ranks
 
 from megalm.config import resolve
@@ -35,12 +35,6 @@ def layout(tensor: int, data: int, stage: int, offload: str = "none", engine: st
 @pytest.fixture(autouse=True)
 def new_ranks() -> None:
     forget_ranks()  # DeepSpeed numbers parameters from the start of the process, and all ranks have to agree
-
-
-def assert_same(ours: Curve, theirs: Curve, tolerance: float = 1e-5) -> None:
-    assert len({loss for loss, _ in theirs}) == len(theirs), "it trains"
-    for step, (line, wanted) in enumerate(zip(ours, theirs, strict=True), 1):
-        assert line == pytest.approx(wanted, rel=tolerance), f"step {step}"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layout_runs import Curve, all_layouts, curve, settings
+from layout_runs import Curve, all_layouts, assert_same, curve, settings
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "interleaved-zb", "zbv", "dualpipev", "auto")
 MODELS = {"untied": {"tie_embeddings": False}, "tied": {"tie_embeddings": True, "num_kv_heads": 4, "qk_norm": True}}
@@ -96,9 +96,3 @@ def test_dropout_smoothing_recomputation_and_growing_batches_depend_on_no_layout
 def test_muon_takes_the_steps_of_one_process(data: Path, layout: dict[str, Any]) -> None:
     raw = settings(data, optimizer={"kind": "muon", "learning_rate": 1e-3, "eps": 1e-5})
     assert_same(curve(raw, layout), curve(raw), 1e-4)
-
-
-def assert_same(ours: Curve, theirs: Curve, tolerance: float) -> None:
-    assert len({loss for loss, _ in theirs}) == len(theirs), "it trains"
-    for step, (line, wanted) in enumerate(zip(ours, theirs, strict=True), 1):
-        assert line == pytest.approx(wanted, rel=tolerance), f"step {step}"

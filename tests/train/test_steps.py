@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from peers import llama_name
+from peers import llama
 from runs import read_metrics, write_config
 
 from megalm.cli import main
-from megalm.config import Config, load_config
+from megalm.config import load_config
 from megalm.train.build import build_inputs, build_parts
 
 STEPS, WARMUP, DECAY, PEAK, LEAST, CLIP, WEIGHT_DECAY = 12, 4, 4, 5e-3, 0.1, 0.5, 0.3
@@ -31,24 +30,6 @@ def train(config: str, *overrides: str) -> list[dict[str, Any]]:
     run = Path(config).with_suffix("")
     assert main(["train", config, *overrides]) == 0
     return [line for line in read_metrics(run) if "kind" not in line]
-
-
-def peer_of(model: torch.nn.Module, config: Config) -> transformers.LlamaForCausalLM:
-    shape = config.model
-    peer = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            num_hidden_layers=shape.num_layers,
-            hidden_size=shape.hidden_size,
-            num_attention_heads=shape.num_heads,
-            num_key_value_heads=shape.num_kv_heads,
-            intermediate_size=shape.ffn_size,
-            vocab_size=shape.vocab_size,
-            rms_norm_eps=shape.norm_eps,
-            attn_implementation="eager",
-        )
-    )
-    peer.load_state_dict({llama_name(name): p.detach().clone() for name, p in model.named_parameters()}, strict=True)
-    return peer
 
 
 def documents(tokens_S: torch.Tensor, eod: int) -> list[slice]:
@@ -74,7 +55,8 @@ def test_losses_and_gradient_norms_equal_those_of_a_plain_loop_over_transformers
 
     inputs = build_inputs(load_config(path, overrides))
     eod = inputs.tokenizer.eod
-    peer = peer_of(build_parts(inputs.config, inputs.device).passes.stages[0], inputs.config)
+    model = build_parts(inputs.config, inputs.device).passes.stages[0]
+    peer = llama(inputs.config.model, dict(model.named_parameters()))
     matrices = [m.weight for m in peer.modules() if isinstance(m, torch.nn.Linear)]
     rest = [p for p in peer.parameters() if all(p is not matrix for matrix in matrices)]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]

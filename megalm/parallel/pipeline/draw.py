@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.errors import UserError
-from megalm.parallel.pipeline.plan import Action, Op, Placement
-from megalm.parallel.pipeline.simulate import COMPUTE, Timed
+from megalm.parallel.pipeline.plan import COMPUTE, Action, Op, Placement
+from megalm.parallel.pipeline.simulate import Timed
 
 Ranks = Sequence[Sequence[Timed]]
 COLOURS = {

@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megalm.parallel.mesh import Mesh
 from megalm.parallel.pipeline.p2p import Buffers, Inbox, Outbox, Shape
-from megalm.parallel.pipeline.plan import Action, Op, Placement, peer
+from megalm.parallel.pipeline.plan import BACKWARDS, COMPUTE, RECEIVES, SENDS, WEIGHTS, Action, Op, Placement, peer
 from megalm.parallel.pipeline.recording import Recording
 from megalm.parallel.weight_gradients import WeightGradientQueue
 from megalm.parallel.zero.sync import GradientSync
@@ -33,12 +33,6 @@ Forward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, micro-batch, output of the stage before) -> output; of the last stage the scalar to differentiate."""
 Key = tuple[int, int]
 """Stage and micro-batch."""
-
-_COMPUTE = (Op.FORWARD, Op.BACKWARD, Op.INPUT_GRADIENT, Op.WEIGHT_GRADIENT)
-_BACKWARD = (Op.BACKWARD, Op.INPUT_GRADIENT)
-_WEIGHTS = (Op.BACKWARD, Op.WEIGHT_GRADIENT)
-_SENDS = (Op.SEND_ACTIVATION, Op.SEND_GRADIENT)
-_RECEIVES = (Op.RECEIVE_ACTIVATION, Op.RECEIVE_GRADIENT)
 
 
 @dataclass(slots=True)
@@ -82,7 +76,7 @@ class Executor:
     ) -> None:
         self.mesh, self.placement = mesh or Mesh(), placement
         self.queue, self.add_tied = queue or WeightGradientQueue(), add_tied
-        self.trains = any(action.op in _WEIGHTS for action in actions)
+        self.trains = any(action.op in WEIGHTS for action in actions)
         self.syncs = dict(syncs)
         self.buffers = buffers or Buffers(dtype, self.mesh.device)
         self.peak = 0
@@ -136,7 +130,7 @@ class Executor:
             op = Op.RECEIVE_ACTIVATION if task.action.op is Op.FORWARD else Op.RECEIVE_GRADIENT
             with recording.span(Action(op, *task.key)):
                 received = task.inbox.take(task.number)
-        if task.action.op in _RECEIVES:
+        if task.action.op in RECEIVES:
             task.run(task, None)
         else:
             with recording.span(task.action):
@@ -165,12 +159,12 @@ class Executor:
         for action in actions:
             op, key = action.op, (action.stage, action.micro_batch)
             task = _Task(action, runs[op], key)
-            if op in _RECEIVES:
+            if op in RECEIVES:
                 source = peer(op, action.stage, self.placement)
                 task.inbox = self._inboxes.get(source) or Inbox(self.mesh, source, self.buffers)
                 self._inboxes[source], task.number = task.inbox, task.inbox.expect(action.micro_batch)
                 messages[op is Op.RECEIVE_ACTIVATION, key] = task
-            elif op in _SENDS:
+            elif op in SENDS:
                 target = peer(op, action.stage, self.placement)
                 task.outbox = self._outboxes.get(target) or Outbox(self.mesh, target, 2 * len(self.placement))
                 self._outboxes[target] = task.outbox
@@ -274,12 +268,12 @@ def _mark(tasks: Sequence[_Task]) -> None:
     split = {task.key for task in tasks if task.action.op is Op.INPUT_GRADIENT}
     for task in tasks:
         task.splits = task.key in split
-    last_weights = {task.action.stage: task for task in tasks if task.action.op in _WEIGHTS}
-    last_backward = {task.action.stage: task for task in tasks if task.action.op in _BACKWARD}
+    last_weights = {task.action.stage: task for task in tasks if task.action.op in WEIGHTS}
+    last_backward = {task.action.stage: task for task in tasks if task.action.op in BACKWARDS}
     for task in last_weights.values():
         task.last = True
     for task in last_backward.values():
         task.last |= task.action.op is Op.INPUT_GRADIENT
-    for task, following in pairwise(task for task in tasks if task.action.op in _COMPUTE):
+    for task, following in pairwise(task for task in tasks if task.action.op in COMPUTE):
         if following.action.op is Op.WEIGHT_GRADIENT:
             task.prepares = following.key

@@ -11,11 +11,8 @@ gradients meet last, when the first and the last stage are both reduced.
 
 from __future__ import annotations
 
-from megalm.parallel.pipeline.plan import Action, Op, Orders, Placement, Plan, peer
+from megalm.parallel.pipeline.plan import BACKWARDS, WEIGHTS, Action, Op, Orders, Placement, Plan, peer
 from megalm.parallel.pipeline.simulate import Costs, simulate
-
-_GRADIENTS = (Op.BACKWARD, Op.INPUT_GRADIENT)
-_WEIGHTS = (Op.BACKWARD, Op.WEIGHT_GRADIENT)
 
 
 def lower(orders: Orders, placement: Placement, costs: Costs, tied: bool = False) -> Plan:
@@ -48,7 +45,7 @@ def _message(action: Action, placement: Placement) -> Action | None:
     """What is sent to another rank when `action` is done."""
     if action.op is Op.FORWARD and action.stage + 1 < len(placement):
         send = Action(Op.SEND_ACTIVATION, action.stage, action.micro_batch)
-    elif action.op in _GRADIENTS and action.stage > 0:
+    elif action.op in BACKWARDS and action.stage > 0:
         send = Action(Op.SEND_GRADIENT, action.stage, action.micro_batch)
     else:
         return None
@@ -58,7 +55,7 @@ def _message(action: Action, placement: Placement) -> Action | None:
 def _reduce(lists: list[list[Action]]) -> None:
     """Adds each stage's REDUCE after the last action that adds to its weights' gradients."""
     for actions in lists:
-        last = {action.stage: place for place, action in enumerate(actions) if action.op in _WEIGHTS}
+        last = {action.stage: place for place, action in enumerate(actions) if action.op in WEIGHTS}
         for stage, place in sorted(last.items(), key=lambda item: -item[1]):
             sends = place + 1 < len(actions) and actions[place + 1].op is Op.SEND_GRADIENT  # another rank waits for it
             actions.insert(place + 1 + sends, Action(Op.REDUCE, stage))

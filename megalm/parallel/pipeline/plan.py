@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+
+from megalm.config.sections import PipelineSchedule as Schedule
 
 
 class Op(Enum):
@@ -31,6 +32,13 @@ class Op(Enum):
     RECEIVE_GRADIENT = "<B"
     REDUCE = "R"
     TIED = "T"
+
+
+COMPUTE = (Op.FORWARD, Op.BACKWARD, Op.INPUT_GRADIENT, Op.WEIGHT_GRADIENT)
+BACKWARDS = (Op.BACKWARD, Op.INPUT_GRADIENT)
+WEIGHTS = (Op.BACKWARD, Op.WEIGHT_GRADIENT)
+SENDS = (Op.SEND_ACTIVATION, Op.SEND_GRADIENT)
+RECEIVES = (Op.RECEIVE_ACTIVATION, Op.RECEIVE_GRADIENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +69,6 @@ Placement = tuple[int, ...]
 
 Orders = tuple[tuple[Action, ...], ...]
 """A plan before it is lowered: for each pipeline rank its F, B, I and W in order."""
-
-Schedule = Literal["gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "interleaved-zb", "zbv", "dualpipev", "auto"]
 
 
 class PlanError(ValueError):

@@ -5,8 +5,8 @@ Each rank does its compute actions in order; one begins when the rank is free an
     F of stage s   waits for F of stage s - 1 of the same micro-batch, and `latency` if that is another rank's
     B or I of s    waits for B or I of stage s + 1, and for its own F
 
-Sends and receives run beside the compute and take `message` of the rank's own time each. An activation lives from the
-start of its F to the end of its B or W: nearly all that a stage keeps is needed for the weight gradients, too.
+Sends and receives run beside the compute. An activation lives from the start of its F to the end of its B or W: nearly
+all that a stage keeps is needed for the weight gradients, too.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from megalm.parallel.pipeline.plan import Action, Op, Placement, PlanError
-
-COMPUTE = (Op.FORWARD, Op.BACKWARD, Op.INPUT_GRADIENT, Op.WEIGHT_GRADIENT)
+from megalm.parallel.pipeline.plan import COMPUTE, Action, Placement, PlanError
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,6 @@ class Costs:
     """Kept from the forward pass until the weight gradient is done."""
     latency: float = 0.0
     """From the end of an action until its result is on the next rank."""
-    message: float = 0.0
-    """Of a rank's own time, for each send and each receive."""
 
     @classmethod
     def uniform(
@@ -89,15 +85,9 @@ class Step:
         neighbours = [
             [t for t in (s - 1, s + 1) if 0 <= t < stages and placement[t] != placement[s]] for s in range(stages)
         ]
-        own = [len(others) * costs.message for others in neighbours]
         whole = [i + w for i, w in zip(costs.input_gradient, costs.weight_gradient, strict=True)]
         times = (costs.forward, whole, costs.input_gradient, costs.weight_gradient)
-        self.duration = [
-            kind[s] + (own[s] if kind is not costs.weight_gradient else 0)
-            for kind in times
-            for s in range(stages)
-            for _ in range(micro_batches)
-        ]
+        self.duration = [kind[s] for kind in times for s in range(stages) for _ in range(micro_batches)]
         self.slot = [*range(2 * n), *range(n, 2 * n), *range(3 * n, 4 * n)]  # B and I of a micro-batch end the same
         before = [-1] * micro_batches + [*range(n - micro_batches)]
         after = [*range(n + micro_batches, 2 * n), *range(n - micro_batches, n)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from megalm.parallel.mesh import Axis
+from megalm.parallel.zero.regions import local
 
 
 def add_tied_gradients(copies: list[nn.Parameter], axis: Axis, ends: tuple[int, int], device: torch.device) -> None:
@@ -16,7 +16,10 @@ def add_tied_gradients(copies: list[nn.Parameter], axis: Axis, ends: tuple[int, 
     `copies`: this rank's, one or both. `ends`: the pipeline ranks of the first and the last stage on `axis`; both call
     it. Gradients may be sharded, both alike, and rest elsewhere than on `device`, which is the group's.
     """
-    mine = [_local(copy) for copy in copies]
+    mine = []
+    for copy in copies:
+        assert copy.grad is not None, "both stages use the embedding"
+        mine.append(local(copy.grad))
     if len(mine) == 2:
         mine[0].add_(mine[1])
         mine[1].copy_(mine[0])
@@ -29,9 +32,3 @@ def add_tied_gradients(copies: list[nn.Parameter], axis: Axis, ends: tuple[int, 
     for work in dist.batch_isend_irecv(exchange):
         work.wait()
     own.add_(other.to(own.device))  # a + b and b + a are the same number
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    gradient = parameter.grad
-    assert gradient is not None, "both stages use the embedding"
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import median
 
 from megalm.errors import UserError
-from megalm.parallel.pipeline.plan import Action, Op, Placement, Schedule, parse_action
-from megalm.parallel.pipeline.simulate import COMPUTE, Costs, Timed
+from megalm.parallel.pipeline.plan import COMPUTE, Action, Op, Placement, Schedule, parse_action
+from megalm.parallel.pipeline.simulate import Costs, Timed
 
 
 @dataclass(frozen=True)

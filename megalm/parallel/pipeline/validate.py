@@ -13,10 +13,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from megalm.parallel.pipeline.plan import Action, Op, Placement, Plan, PlanError, goes_down, peer
+from megalm.parallel.pipeline.plan import (
+    BACKWARDS,
+    RECEIVES,
+    SENDS,
+    WEIGHTS,
+    Action,
+    Op,
+    Placement,
+    Plan,
+    PlanError,
+    goes_down,
+    peer,
+)
 from megalm.parallel.pipeline.simulate import Costs, simulate
-
-_MESSAGES = (Op.SEND_ACTIVATION, Op.RECEIVE_ACTIVATION, Op.SEND_GRADIENT, Op.RECEIVE_GRADIENT)
 
 
 def validate(
@@ -73,7 +83,7 @@ def _check_order(rank: int, actions: Sequence[Action], placement: Placement) -> 
     backward = {Action(Op.BACKWARD, a.stage, a.micro_batch): a for a in actions if a.op is Op.INPUT_GRADIENT}
     gradients: dict[int, list[Action]] = {}
     for action in actions:
-        if action.op in (Op.BACKWARD, Op.WEIGHT_GRADIENT):
+        if action.op in WEIGHTS:
             gradients.setdefault(action.stage, []).append(action)
     for action in actions:
         if action.op is Op.REDUCE:
@@ -95,7 +105,7 @@ def _needs(action: Action, placement: Placement) -> Iterator[Action]:
     if op is Op.FORWARD and stage > 0:
         near = placement[stage - 1] == rank
         yield Action(Op.FORWARD, stage - 1, i) if near else Action(Op.RECEIVE_ACTIVATION, stage, i)
-    elif op in (Op.BACKWARD, Op.INPUT_GRADIENT):
+    elif op in BACKWARDS:
         yield Action(Op.FORWARD, stage, i)
         if stage < last:
             near = placement[stage + 1] == rank
@@ -110,7 +120,7 @@ def _needs(action: Action, placement: Placement) -> Iterator[Action]:
 
 def _check_progress(plan: Plan, placement: Placement) -> None:
     """Runs the messages alone, each send blocking until the other rank is at its receive."""
-    lists = [[action for action in actions if action.op in _MESSAGES] for actions in plan]
+    lists = [[action for action in actions if action.op in SENDS + RECEIVES] for actions in plan]
     at = [0] * len(plan)
     active = list(range(len(plan)))
     while active:
@@ -135,12 +145,12 @@ def _check_progress(plan: Plan, placement: Placement) -> None:
 
 def _message(action: Action) -> tuple[bool, int, int]:
     """The same for a send and its receive."""
-    is_receive = action.op in (Op.RECEIVE_ACTIVATION, Op.RECEIVE_GRADIENT)
+    is_receive = action.op in RECEIVES
     is_activation = action.op in (Op.SEND_ACTIVATION, Op.RECEIVE_ACTIVATION)
     return is_activation, action.stage - (is_receive if is_activation else -is_receive), action.micro_batch
 
 
 def _line(action: Action, placement: Placement) -> bool:
     here, other = placement[action.stage], peer(action.op, action.stage, placement)
-    source, target = (here, other) if action.op in (Op.SEND_ACTIVATION, Op.SEND_GRADIENT) else (other, here)
+    source, target = (here, other) if action.op in SENDS else (other, here)
     return goes_down(source, target, max(placement) + 1)

@@ -18,16 +18,15 @@ the order of the blocks, and not by what ran last, which is FSDP's own way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed import Work
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from megalm.config.sections import Zero
+from megalm.parallel.collectives import start_joint_sum
 from megalm.parallel.mesh import Axis, Mesh
 from megalm.parallel.zero.regions import local
 from megalm.parallel.zero.sync import GradientSync, NoSync
@@ -83,7 +82,7 @@ class FsdpSync:
         """`units`: the blocks, then the root; `replicas`: over which FSDP itself does not sum."""
         self.root, self.units, self.stage, self.replicas, self.device = root, units, stage, replicas, device
         self.reduced = True
-        self.summing: list[tuple[Work, Tensor, list[Tensor]]] = []
+        self.summing: list[Callable[[], None]] = []
         self.mode: tuple[bool, bool, bool] | None = None
 
     def begin(self) -> None:
@@ -110,10 +109,8 @@ class FsdpSync:
     def finish(self) -> None:
         if not self.reduced:
             self._settle(final=True)  # forward passes alone: there is nothing to reduce, but what is whole to free
-        for work, flat, gradients in self.summing:
-            work.wait()
-            for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(total.view_as(gradient))
+        for finish in self.summing:
+            finish()
         self.summing.clear()
 
     def _sum_replicas(self) -> None:
@@ -122,11 +119,8 @@ class FsdpSync:
         for unit in self.units:
             gradients = [local(p.grad) for p in unit.parameters() if p.grad is not None and p not in seen]
             seen.update(unit.parameters())
-            if not gradients:  # a middle stage has nothing outside of its blocks
-                continue
-            flat = torch.cat([gradient.flatten() for gradient in gradients]).to(self.device)
-            work = dist.all_reduce(flat, group=self.replicas.group, async_op=True)
-            self.summing.append((work, flat, gradients))
+            if gradients:  # a middle stage has nothing outside of its blocks
+                self.summing.append(start_joint_sum(gradients, self.replicas, self.device))
 
     def _collect(self) -> None:
         """Adds gradients in the type of computation to those in the type of reduction."""

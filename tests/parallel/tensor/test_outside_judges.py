@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from layouts import Case, Result, backward, batch, box, build, on_tensor_ranks, tensor_mesh
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
-from peers import llama_name
+from peers import llama, llama_name
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -150,20 +149,7 @@ def test_embedding_and_cross_entropy_equal_megatron_cores(size: int, sequence: b
 def test_the_whole_model_equals_transformers(size: int) -> None:
     case = Case({"vocab_size": 101}, dtype=torch.float32, documents=1)
     whole = backward(build(case), case)
-    shape = build(case).config
-    peer = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            num_hidden_layers=shape.num_layers,
-            hidden_size=shape.hidden_size,
-            num_attention_heads=shape.num_heads,
-            num_key_value_heads=shape.num_kv_heads,
-            intermediate_size=shape.ffn_size,
-            vocab_size=shape.vocab_size,
-            rms_norm_eps=shape.norm_eps,
-            attn_implementation="eager",
-        )
-    )
-    peer.load_state_dict({llama_name(name): value.clone() for name, value in whole.values.items()}, strict=True)
+    peer = llama(build(case).config, whole.values)
     inputs = batch(documents=1)
     logits_TV = peer(inputs.tokens_T.view(2, -1)).logits.flatten(0, 1)
     nats = F.cross_entropy(logits_TV[inputs.counted_T], inputs.labels_T[inputs.counted_T], reduction="sum")
