@@ -267,7 +267,7 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
                 sliding_window=st.none() | st.integers(1, 100),
                 z_loss=positive,
                 logit_softcap=st.none() | positive,
-                vocab_size=st.integers(1, 10**6),
+                vocab_size=st.integers(2, 10**6),
             ),
         },
         "tokenizer": {"path": draw(paths)},

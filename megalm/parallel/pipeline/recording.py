@@ -3,13 +3,15 @@
     {"schedule": "1f1b", "placement": [0, 1], "micro_batches": 8, "bytes": 131072,
      "ranks": [[{"action": "F0.0", "start": 0.0012, "end": 0.0034}, ...], ...]}
 
-Seconds from a moment that all ranks agree on, for they leave a barrier together. A receive is as long as the rank waits
-for it. On a GPU the times are those of its stream, measured with events, and recording them waits for nothing.
+Seconds from a moment that all ranks agree on, for they leave a barrier together; CPUs of one machine, which leave it
+some microseconds apart, have the same clock, and count from the first one's moment. A receive is as long as the rank
+waits for it. On a GPU the times are those of its stream, measured with events, and recording them waits for nothing.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,16 +57,22 @@ class Recording:
             {"action": str(action), "start": self._seconds(start), "end": self._seconds(end)}
             for action, start, end in self._spans
         ]
-        ranks: list[Any] = [(mine, self.bytes)] * self.mesh.pipeline.size
+        clock = socket.gethostname(), 0.0 if self._on_gpu else self._zero
+        ranks: list[Any] = [(mine, self.bytes, clock)] * self.mesh.pipeline.size
         if self.mesh.pipeline.group is not None:
-            dist.all_gather_object(ranks, (mine, self.bytes), group=self.mesh.pipeline.group)
+            dist.all_gather_object(ranks, (mine, self.bytes, clock), group=self.mesh.pipeline.group)
         if self.mesh.rank == 0:
+            first: dict[str, float] = {}
+            for spans, _, (host, zero) in ranks:
+                late = zero - first.setdefault(host, zero)
+                for span in spans:
+                    span |= {"start": span["start"] + late, "end": span["end"] + late}
             content = {
                 "schedule": schedule,
                 "placement": placement,
                 "micro_batches": micro_batches,
-                "bytes": sum(sent for _, sent in ranks),
-                "ranks": [spans for spans, _ in ranks],
+                "bytes": sum(sent for _, sent, _ in ranks),
+                "ranks": [spans for spans, *_ in ranks],
             }
             try:
                 write_atomic(path, json.dumps(content).encode())

@@ -83,7 +83,6 @@ class _Groups:
 def load_deepspeed(device: torch.device) -> ModuleType:
     """The package, quiet, and without the kernels that it would compile for minutes at the first collective."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it takes a GPU wherever there is one
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     try:
         import deepspeed
         from deepspeed import ops
@@ -148,6 +147,7 @@ class DeepSpeedStage:
         self._offloaded = "offload_optimizer" in settings["zero_optimization"]
         for parameter in module.parameters():
             _marks(parameter).tensor_model_parallel = True  # else a rank may have none to count
+        os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))  # which it insists on
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, mpu=_groups(mesh), config=settings, dist_init_required=False
