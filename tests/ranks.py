@@ -28,6 +28,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+CALLS = (
+    25  # torch keeps threads and sockets of groups that are gone: after some hundred of them all that is left is slow
+)
 PRELOADED = ["torch", "torch.distributed", "torch.distributed.fsdp", "megalm.model.transformer"]
 
 
@@ -48,12 +51,14 @@ class _Worker:
 @dataclass
 class _Pool:
     workers: list[_Worker] = field(default_factory=list)
+    calls: int = 0
 
     def take(self, size: int) -> list[_Worker]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        if not all(worker.process.is_alive() for worker in self.workers):
-            self.close()  # something ended one between two calls
+        if self.calls == CALLS or not all(worker.process.is_alive() for worker in self.workers):
+            self.close()
+        self.calls += 1
         while len(self.workers) < size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -69,6 +74,7 @@ class _Pool:
             worker.process.join()
             worker.connection.close()
         self.workers.clear()
+        self.calls = 0
 
 
 _POOL = _Pool()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from megalm.parallel.pipeline.draw import Chart
     from megalm.parallel.pipeline.plan import Placement, Schedule
     from megalm.parallel.pipeline.simulate import Costs, Simulation
+
+MOST_ACTIONS = 2_000_000  # some minutes
 
 app = typer.Typer(help="Know before you launch.", no_args_is_help=True)
 
@@ -35,7 +38,11 @@ def schedule(
     ] = "1,1,1,0",
     memory_cap: Annotated[
         float | None,
-        typer.Option(min=0, help="Micro-batches that a rank's activations may be of at once.", show_default=False),
+        typer.Option(
+            min=0,
+            help="Micro-batches of which a rank may hold all its layers' activations at once.",
+            show_default=False,
+        ),
     ] = None,
     message_size: Annotated[int, typer.Option(min=0, help="Bytes that one stage sends another at once.")] = 0,
     from_run: Annotated[
@@ -55,6 +62,8 @@ def schedule(
     """Simulate a pipeline's step and draw it."""
     if output is not None and output.suffix not in (".png", ".svg", ".txt"):
         raise UserError(f"--output={output}: ends in none of .png, .svg and .txt: choose one of them")
+    if memory_cap is not None:
+        memory_cap *= 1 + 1e-9  # shares of a rank, such as thirds, do not add up exactly
     if from_run is not None:
         _measured(from_run, memory_cap, output)
     else:
@@ -76,6 +85,11 @@ def _simulated(
     from megalm.parallel.pipeline.simulate import simulate
 
     known, chunks = _schedule(name, pipeline, chunks)
+    if 3 * pipeline * chunks * micro_batches > MOST_ACTIONS:
+        raise UserError(
+            f"--pipeline={pipeline}, --micro-batches={micro_batches}: a step of more than {MOST_ACTIONS:,} actions: "
+            "choose less"
+        )
     placement = placement_of(known, pipeline, chunks)
     costs = _costs(times, placement)
     simulation = simulate(plan_schedule(known, pipeline, chunks, micro_batches, costs, memory_cap), placement, costs)
@@ -136,18 +150,21 @@ def _costs(text: str, placement: Placement) -> Costs:
     chunks = len(placement) // (max(placement) + 1)
     try:
         numbers = forward, input_gradient, weight_gradient, latency = tuple(map(float, text.split(",")))
-        if not (min(forward, input_gradient, weight_gradient) > 0 <= latency) or not isfinite(sum(numbers)):
+        least, most = min(forward, input_gradient, weight_gradient), max(numbers)
+        if not (isfinite(sum(numbers)) and least >= 1e-6 * most and least > 0 <= latency):
             raise ValueError
     except ValueError:
         raise UserError(
-            f"--costs={text}: give four numbers, F,I,W,COMM, such as 1,1.2,0.8,0.05; the first three above 0"
+            f"--costs={text}: give four numbers, F,I,W,COMM, such as 1,1.2,0.8,0.05; the first three above 0, "
+            "and none a million times another"
         ) from None
     shares = forward / chunks, input_gradient / chunks, weight_gradient / chunks
-    return Costs.uniform(len(placement), *shares, latency=latency)
+    costs = Costs.uniform(len(placement), *shares, latency=latency)
+    return replace(costs, activation=(1 / chunks,) * len(placement))
 
 
 def _table(title: str, rows: list[tuple[str, Simulation]]) -> None:
-    header = ("schedule", "step", "bubble", "of the work", "floor", "activations at most, by rank")
+    header = ("schedule", "step", "bubble", "of the work", "floor", "micro-batches held at most, by rank")
     table(
         title,
         [

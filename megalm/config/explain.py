@@ -68,6 +68,8 @@ def _message(path: str, findings: list[Any]) -> str:
     if kind == "string_pattern_mismatch":
         characters = "letters, digits, '.', '_' and '-'" if path.endswith(".name") else "characters that can be printed"
         rule = f"must be text of {characters}, and not empty"
+        if path == "parallel.pipeline.split":
+            rule = "must be numbers above 0 with commas, such as 5,6,6,5"
         if path == "data.split":
             rule = "must be up to three numbers with commas, such as 969,30,1"
     return f"{path}={show(value)} {rule}{_mend(kind, value, first)}"

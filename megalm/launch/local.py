@@ -13,14 +13,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megalm.errors import UserError
-
 TO_END = "120"  # seconds that ranks have to end well, with a checkpoint, when the run is asked to stop
 
 
 def start_local(processes: int, arguments: Sequence[str]) -> int:
     """Runs `python -m megalm.train ARGUMENTS` in `processes` ranks; returns an exit code: 0, the first failed rank's,
-    or 128 and the number of the signal that ended the run."""
+    or 128 and the number of the signal that ended the run, or that rank."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", TO_END)
     # As torchrun does: with several processes a machine, each would otherwise start a thread for each core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -36,14 +34,14 @@ def start_local(processes: int, arguments: Sequence[str]) -> int:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "megalm.train", *arguments)
-    except SignalException as ended:
-        return 128 + ended.sigval
+    except SignalException as asked:
+        return 128 + asked.sigval
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode  # it has said why
-        name = signal.Signals(-failure.exitcode).name
-        raise UserError(
-            f"rank {rank} (process {failure.pid}) was ended by {name}: see what the other ranks say"
-        ) from None
+        ended = signal.Signals(-failure.exitcode)
+        if ended not in (signal.SIGTERM, signal.SIGINT):  # after these a rank has saved, and said so
+            print(f"megalm: error: rank {rank} (process {failure.pid}) was ended by {ended.name}", file=sys.stderr)
+        return 128 + ended
     return 0

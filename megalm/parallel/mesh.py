@@ -103,7 +103,8 @@ class Mesh:
     up: Axis = Axis()
     """The same, for what is sent to the rank before: with a group for each direction neither waits for the other."""
     shards: DeviceMesh | None = None
-    """(data_replicate, data_shard) through this process, for FSDP; None with one data rank."""
+    """(data_replicate, data_shard) through this process, for FSDP; None where it has nothing to do: with one data rank
+    and no pipeline."""
 
 
 def build_mesh(layout: Layout, device: torch.device, timeout: timedelta, tensor_copies: int = 1) -> Mesh:
@@ -128,7 +129,7 @@ def build_mesh(layout: Layout, device: torch.device, timeout: timedelta, tensor_
     tensor = layout.lines("tensor")
     copies = [line[i : i + tensor_copies] for line in tensor for i in range(0, layout.tensor, tensor_copies)]
     shards = None
-    if layout.data > 1:
+    if layout.data > 1 or layout.pipeline > 1:
         grid = torch.arange(layout.size).view(layout.shape)
         shards = DeviceMesh(device.type, grid, mesh_dim_names=AXES)["data_replicate", "data_shard"]
     return Mesh(

@@ -299,7 +299,11 @@ LAYOUTS = [
         2,
         "parallel.pipeline.split='3,4' has 7 layers, and model.num_layers=8: share out all of them",
     ),
-    ("parallel.pipeline.size=2 parallel.pipeline.split=8,0", 2, "parallel.pipeline.split='8,0'"),
+    (
+        "parallel.pipeline.size=2 parallel.pipeline.split=8,0",
+        2,
+        "parallel.pipeline.split='8,0' must be numbers above 0 with commas, such as 5,6,6,5",
+    ),
     (
         "parallel.pipeline.size=4 parallel.pipeline.chunks=4 parallel.pipeline.schedule=interleaved",
         4,

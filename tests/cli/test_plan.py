@@ -42,6 +42,19 @@ def test_bubble_floor_memory_and_messages_are_shown(capsys: pytest.CaptureFixtur
     assert rows[3].startswith("rank 3   .............F0")
 
 
+@pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", "1"), ("zbv", "2"), ("interleaved", "3")])
+def test_the_memory_of_schedules_is_in_micro_batches_of_a_rank_whatever_its_chunks(
+    schedule: str, chunks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--pipeline", "4", "--micro-batches", "12", "--schedule", schedule, "--chunks", chunks]
+    assert main(["plan", "schedule", *options]) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == [schedule]]
+    least = max(map(float, row.split()[-4:]))
+    assert 4 <= least <= 6  # all of the pipeline's fill, and in the interleaved order some more
+    assert main(["plan", "schedule", *options, "--memory-cap", str(least + 1e-5)]) == 0
+    assert main(["plan", "schedule", *options, "--memory-cap", str(least - 0.1)]) == 2
+
+
 @pytest.mark.parametrize("name", ["gantt.png", "gantt.svg", "gantt.txt"])
 def test_pictures_are_written(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "schedule", "--schedule", "auto", "--pipeline", "2", "--output", str(tmp_path / name)]) == 0
@@ -76,6 +89,8 @@ def test_a_recorded_step_is_compared_and_planned_again(tmp_path: Path, capsys: p
         ("--costs=1,nan,1,0", "--costs=1,nan,1,0: give four numbers"),
         ("--costs=1,1,inf,0", "--costs=1,1,inf,0: give four numbers"),
         ("--output=plan.pdf", "--output=plan.pdf: ends in none of .png, .svg and .txt: choose one of them"),
+        ("--costs=1e-320,1,1,0", "--costs=1e-320,1,1,0: give four numbers"),
+        ("--pipeline=99999999999999999999", "a step of more than 2,000,000 actions: choose less"),
         (
             "--memory-cap=2",
             "parallel.pipeline.schedule=1f1b: a rank's activations take 4 at once, more than the cap of 2",

@@ -39,29 +39,33 @@ def settings(data: Path, model: dict[str, Any] | None = None, **sections: dict[s
     } | sections
 
 
-def losses_and_norms(raw: dict[str, Any]) -> Curve:
-    """One rank's part of a run, without a directory."""
+def trainer_of(raw: dict[str, Any], directory: Path | None = None) -> Trainer:
+    """This rank's; without a `directory` it must not save."""
     config = resolve(raw, dist.get_world_size())
     inputs = build_inputs(config, Process(dist.get_rank(), dist.get_rank(), dist.get_world_size()))
-    trainer = Trainer(inputs, Path(config.run.dir))
+    trainer = Trainer(inputs, directory or Path(config.run.dir))
     trainer.peak = 1.0
+    return trainer
+
+
+def steps_of(trainer: Trainer, steps: int = STEPS) -> Curve:
     stream = trainer.stream()
-    lines = [trainer.step(stream, StopRequest()) for _ in range(STEPS)]
+    lines = [trainer.step(stream, StopRequest()) for _ in range(steps)]
     stream.close()
     return [(line["loss"], line["grad_norm"]) for line in lines]
+
+
+def losses_and_norms(raw: dict[str, Any]) -> Curve:
+    """One rank's part of a run, without a directory."""
+    return steps_of(trainer_of(raw))
 
 
 def stretch(raw: dict[str, Any], directory: Path, steps: int) -> Curve:
     """One rank's part of some steps of a run, which goes on from the checkpoint in its directory and ends with one."""
-    config = resolve(raw, dist.get_world_size())
-    inputs = build_inputs(config, Process(dist.get_rank(), dist.get_rank(), dist.get_world_size()))
-    trainer = Trainer(inputs, directory)
-    trainer.peak = 1.0
-    stream = trainer.stream()
-    lines = [trainer.step(stream, StopRequest()) for _ in range(steps)]
-    stream.close()
+    trainer = trainer_of(raw, directory)
+    curve = steps_of(trainer, steps)
     trainer._save(None)
-    return [(line["loss"], line["grad_norm"]) for line in lines]
+    return curve
 
 
 def curve(raw: dict[str, Any], parallel: dict[str, Any] | None = None) -> Curve:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -115,6 +116,23 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_run_and_is_named(
     processes[1].wait()
     [error] = errors
     assert error.startswith(f"megalm: error: rank 1 ({socket.gethostname()}) no longer answers")
+
+
+@pytest.mark.parametrize(("number", "ends_with"), [(signal.SIGKILL, 128 + 9), (signal.SIGTERM, 0)])
+def test_a_rank_that_is_killed_fails_the_command_and_one_that_is_asked_to_stop_does_not(
+    data: Path, tmp_path: Path, number: signal.Signals, ends_with: int
+) -> None:
+    run = tmp_path / "run"
+    process = started(write_config(data, run), "--nproc", "2", "parallel.tensor=2", "schedule.steps=100000")
+    wait_for_step(process, run, 3)
+    ranks_of(process)[1].send_signal(number)
+    code, errors = outcome(process)
+    assert code == ends_with
+    if code:
+        assert re.search(r"error: rank 1 \(process \d+\) was ended by SIGKILL", errors[-1])
+    else:
+        assert errors == []
+        assert any((run / "checkpoints").iterdir())
 
 
 def test_a_rank_with_another_config_is_named_before_anything_is_written(data: Path, tmp_path: Path) -> None:

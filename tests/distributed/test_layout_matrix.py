@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layout_runs import Curve, all_layouts, assert_same, curve, settings
+from layout_runs import Curve, all_layouts, assert_same, curve, settings, trainer_of
+from ranks import run_ranks
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from megalm.train.signals import StopRequest
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "interleaved-zb", "zbv", "dualpipev", "auto")
 MODELS = {"untied": {"tie_embeddings": False}, "tied": {"tie_embeddings": True, "num_kv_heads": 4, "qk_norm": True}}
@@ -73,7 +78,7 @@ def test_every_layout_gives_the_losses_and_norms_of_one_process(
     assert_same(curve(settings(data, MODELS[model]), layout), alone[model], 1e-5)
 
 
-@pytest.mark.parametrize("layout", [SOME[4], SOME[5], SOME[-4]], ids=name_of)
+@pytest.mark.parametrize("layout", [SOME[4], SOME[5], SOME[-4], pipeline("zbv", 2)], ids=name_of)
 def test_in_bfloat16_layouts_stay_close(data: Path, layout: dict[str, Any]) -> None:
     raw = settings(data, precision={"compute": "bfloat16"})
     assert_same(curve(raw, layout), curve(raw), 2e-2)
@@ -96,3 +101,29 @@ def test_dropout_smoothing_recomputation_and_growing_batches_depend_on_no_layout
 def test_muon_takes_the_steps_of_one_process(data: Path, layout: dict[str, Any]) -> None:
     raw = settings(data, optimizer={"kind": "muon", "learning_rate": 1e-3, "eps": 1e-5})
     assert_same(curve(raw, layout), curve(raw), 1e-4)
+
+
+def copies_of_a_weight(raw: dict[str, Any]) -> float:
+    """In how many places autograd keeps each of a rank's feed-forward matrices, all micro-batches being in flight."""
+    trainer = trainer_of(raw)
+    stages = trainer.parts.passes.stages.values()
+    shape = raw["model"]["hidden_size"], raw["model"]["ffn_size"] // trainer.mesh.tensor.size
+    places, kept = set(), []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if shape in (tensor.shape, tensor.shape[::-1]):
+            places.add(tensor.untyped_storage().data_ptr())
+            kept.append(tensor)  # its memory is not used again
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.step(trainer.stream(), StopRequest())
+    return len(places) / sum(3 * len(stage.layers) for stage in stages)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"data": 2}])
+def test_micro_batches_in_flight_share_one_narrow_copy_of_the_weights(data: Path, parallel: dict[str, Any]) -> None:
+    layout = {**pipeline("gpipe", 2), "data": 1, **parallel}
+    raw = settings(data, {"hidden_size": 64, "ffn_size": 96}, precision={"compute": "bfloat16"}, parallel=layout)
+    size = 2 * parallel.get("tensor", 1) * parallel.get("data", 1)
+    assert run_ranks(size, copies_of_a_weight, raw) == [1] * size

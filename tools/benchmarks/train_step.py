@@ -22,13 +22,17 @@ except ImportError:
 from megalm.config.sections import Model, Optimizer
 from megalm.model.init import initialise
 from megalm.model.transformer import ModelInputs, Transformer
-from megalm.optim.adamw import build_adamw
+from megalm.optim.build import build_optimizer
+from megalm.optim.gradients import clip, totals
+from megalm.parallel.zero.regions import regions
 from megalm.train.device import DTYPES, measured_matmul
+from megalm.train.passes import Passes
 
 VOCAB, LENGTH, BATCH = 8192, 512, 8
 
 
 def our_step(dtype: torch.dtype, tokens_BS: torch.Tensor, compiled: bool) -> tuple[Callable[[], None], int]:
+    """What a run does in a step, its data aside."""
     shape = Model(
         num_layers=6,
         hidden_size=384,
@@ -44,7 +48,9 @@ def our_step(dtype: torch.dtype, tokens_BS: torch.Tensor, compiled: bool) -> tup
     if compiled:
         for block in model.layers.values():
             block.compile()
-    optimizer = build_adamw(Optimizer(), list(model.named_parameters()))
+    passes = Passes.of(model)
+    held = regions(model, model.parts, passes.mesh)
+    optimizer = build_optimizer(Optimizer(), held, passes.mesh)
     total = tokens_BS.numel()
     segments = torch.arange(0, total + 1, LENGTH, dtype=torch.int32)
     positions_T, tokens_T = torch.arange(LENGTH).repeat(BATCH), tokens_BS.flatten()
@@ -52,9 +58,8 @@ def our_step(dtype: torch.dtype, tokens_BS: torch.Tensor, compiled: bool) -> tup
     batch = ModelInputs(tokens_T, positions_T, segments, tokens_T.roll(-1), counted_T)
 
     def step() -> None:
-        objective, _ = model(batch)
-        (objective / total).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        passes.run([batch], 1 / total)
+        clip(held, totals(held, passes.mesh).norm, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 

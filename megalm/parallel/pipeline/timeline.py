@@ -36,7 +36,8 @@ class Timeline:
 
     def costs(self) -> Costs:
         """Medians for each stage and operation. A whole backward counts half as input gradient, half as weight
-        gradient; latency is the shortest time from a result to its use on another rank, the middle one of all edges."""
+        gradient; latency is the shortest time from a result to its use on another rank, the middle one of all edges.
+        What a rank holds of one micro-batch counts 1."""
         times: dict[tuple[Op, int], list[float]] = defaultdict(list)
         when = {timed.action: timed for rank in self.ranks for timed in rank}
         for action, start, end in when.values():
@@ -57,7 +58,7 @@ class Timeline:
             forward=tuple(typical(Op.FORWARD, stage) for stage in stages),
             input_gradient=tuple(split[0]),
             weight_gradient=tuple(split[1]),
-            activation=(1.0,) * len(stages),
+            activation=(1 / self.placement.count(0),) * len(stages),
             latency=max(0.0, median(map(min, waits.values()))) if waits else 0.0,
         )
 

@@ -33,26 +33,29 @@ from megalm.parallel.zero.sync import GradientSync, NoSync
 
 
 def shard_stage(module: nn.Module, mesh: Mesh, zero: Zero, compute: torch.dtype) -> GradientSync:
-    """Shards `module`, whose blocks are the children of `module.layers`, in place; one data rank leaves it as it is.
+    """Shards `module`, whose blocks are the children of `module.layers`, in place; one data rank leaves it as it is,
+    except in a pipeline that computes in a narrower type: there FSDP keeps the one narrow copy of the weights that all
+    micro-batches in flight use, where autograd would keep one for each.
 
     Its parameters become DTensors over `mesh.shards`; they may still be on the meta device. `compute` is the type in
     which they are gathered; gradients are reduced and added up in the parameters' own type, and are sums over the
     ranks. Stage 0 wants a mesh that only replicates.
     """
-    if mesh.shards is None:
-        return NoSync()
-    assert zero.stage > 0 or mesh.data_shard.size == 1, "stage 0 shards nothing: the data ranks must all be replicas"
     dtype = next(module.parameters()).dtype
     narrow = compute if compute.itemsize < dtype.itemsize else None
+    if mesh.shards is None or (mesh.data.size == 1 and narrow is None):
+        return NoSync()
+    stage = zero.stage if mesh.data.size > 1 else 1
+    assert stage > 0 or mesh.data_shard.size == 1, "stage 0 shards nothing: the data ranks must all be replicas"
     policy = MixedPrecisionPolicy(narrow, dtype if narrow else None, cast_forward_inputs=False)
     # A CPU's parameters rest in its memory anyway, and there is nothing to pin them for.
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu") if zero.offload == "cpu" else OffloadPolicy()
-    replicas = mesh.data_replicate if zero.stage >= 2 else Axis()
-    shards = mesh.shards if zero.stage < 2 and mesh.data_replicate.size > 1 else mesh.shards["data_shard"]
+    replicas = mesh.data_replicate if stage >= 2 else Axis()
+    shards = mesh.shards if stage < 2 and mesh.data_replicate.size > 1 else mesh.shards["data_shard"]
     units = [*module.get_submodule("layers").children(), module]
     for unit in units:
         # The root is used at both ends of the forward pass, and soon again in the backward pass.
-        reshard = zero.stage == 3 and unit is not module
+        reshard = stage == 3 and unit is not module
         fully_shard(unit, mesh=shards, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
     sharded = [unit for unit in units if isinstance(unit, FSDPModule)]
     _gather_ahead(sharded[-1], sharded[:-1])
@@ -60,7 +63,7 @@ def shard_stage(module: nn.Module, mesh: Mesh, zero: Zero, compute: torch.dtype)
         # A plain sum: the default would divide by the number of ranks.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    return FsdpSync(sharded[-1], units, zero.stage, replicas, mesh.device)
+    return FsdpSync(sharded[-1], units, stage, replicas, mesh.device)
 
 
 def _gather_ahead(root: FSDPModule, blocks: Sequence[FSDPModule]) -> None:
