@@ -219,6 +219,12 @@ class Pipeline(Section):
     split: str | None = Field(default=None, pattern=r"^[1-9][0-9]*(,[1-9][0-9]*)*$")
     """Layers of each stage, in the order of the layers, such as `5,6,6,5`; derived: such that the slowest stage is
     fastest."""
+    costs_from: FilePath | None = None
+    """Run directory with a recorded step (`log.timeline`) of the same model, whose measured costs decide the stages and
+    the order of `auto`; `null`: the model's operations do."""
+    memory_cap: float | None = Field(default=None, gt=0)
+    """Micro-batches of which a rank with an equal share of the layers may keep all activations at once: `auto` keeps to
+    it, and other schedules are refused if they need more; `null`: no limit."""
 
 
 class Zero(Section):

@@ -2,7 +2,7 @@
 
 1. tokenizer   decides the vocabulary, and with it the model's last derived default
 2. data        opened and checked against the tokenizer, so that mistakes in paths and sizes show before work starts
-3. device
+3. device, and the plan of stages
 4. mesh        the groups of ranks, once all ranks agree on all of the above
 5. stages      those of this rank, on the meta device
 6. ZeRO        shards them there, so that no rank ever holds what is not its own
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from megalm.config.deepspeed import engine_settings
-from megalm.config.rules import split_layers
 from megalm.config.sections import Config, Model, Parallel, known
 from megalm.data.loader import Loader, MicroBatch
 from megalm.data.needs import Need
@@ -29,7 +28,7 @@ from megalm.data.open import open_run_data
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
 from megalm.launch.ranks import Process
-from megalm.model.counts import parameter_count, pipeline_pieces
+from megalm.model.counts import parameter_count
 from megalm.model.init import fill, initialise
 from megalm.model.transformer import ModelInputs, Recompute, Stage, Transformer
 from megalm.optim.adamw import adamw_without_state
@@ -37,9 +36,6 @@ from megalm.optim.build import build_optimizer
 from megalm.parallel.mesh import Layout, Mesh, build_mesh
 from megalm.parallel.part import Part
 from megalm.parallel.pipeline.p2p import warm_up
-from megalm.parallel.pipeline.partition import bounds_of, partition, stage_costs
-from megalm.parallel.pipeline.plan import Placement, placement_of
-from megalm.parallel.pipeline.simulate import Costs
 from megalm.parallel.tensor.axis import TensorParallel
 from megalm.parallel.weight_gradients import WeightGradientQueue
 from megalm.parallel.zero.deepspeed import DeepSpeedStage, load_deepspeed
@@ -47,6 +43,7 @@ from megalm.parallel.zero.fsdp import shard_stage
 from megalm.parallel.zero.regions import Region, regions
 from megalm.train.device import DTYPES, pick_device, total_memory
 from megalm.train.passes import Passes
+from megalm.train.stages import Stages, plan_stages
 
 BYTES_A_PARAMETER = 16  # float32: parameter, gradient, two moments
 
@@ -60,6 +57,7 @@ class Inputs:
     loader: Loader
     needs: list[Need]
     device: torch.device
+    stages: Stages
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def build_inputs(config: Config, process: Process | None = None) -> Inputs:
         load_deepspeed(device)
     config = with_vocabulary(config, data.tokenizer)
     _check_memory(config, device)
-    return Inputs(config, data.tokenizer, data.loader, data.needs, device)
+    return Inputs(config, data.tokenizer, data.loader, data.needs, device, plan_stages(config))
 
 
 def _check_memory(config: Config, device: torch.device) -> None:
@@ -120,45 +118,43 @@ def layout_of(parallel: Parallel) -> Layout:
     return Layout(parallel.pipeline.size, data // shard, shard, parallel.tensor)
 
 
-def build_parts(config: Config, device: torch.device) -> Parts:
+def build_parts(inputs: Inputs) -> Parts:
     """Steps 4 to 9, on all ranks of the default process group; with a layout of one process there is none."""
+    config, device, plan = inputs.config, inputs.device, inputs.stages
     layout, model = layout_of(config.parallel), config.model
     mesh = Mesh(device=device)
     if layout.size > 1:
         copies = max(1, layout.tensor // known(model.num_kv_heads))
         mesh = build_mesh(layout, device, timedelta(seconds=config.run.timeout), copies)
         warm_up(mesh)
-    compute, pipeline = DTYPES[config.precision.compute], config.parallel.pipeline
+    compute = DTYPES[config.precision.compute]
     tp = TensorParallel(
         mesh.tensor,
         config.parallel.sequence_sharding and layout.tensor > 1,
         config.parallel.tensor_overlap,
         WeightGradientQueue(),
     )
-    placement = placement_of(pipeline.schedule, pipeline.size, known(pipeline.chunks))
-    pieces = pipeline_pieces(model, config.data.sequence_length, config.run.recompute)
-    bounds = bounds_of(split_layers(pipeline.split)) if pipeline.split else partition(pieces, placement)
     stages, syncs = {}, {}
-    for number, (first, end) in enumerate(bounds):
-        if placement[number] != mesh.pipeline.rank:
+    for number, (first, end) in enumerate(plan.bounds):
+        if plan.placement[number] != mesh.pipeline.rank:
             continue
-        stage = Stage(first, end, number == 0, number == len(bounds) - 1)
+        stage = Stage(first, end, number == 0, number == len(plan.bounds) - 1)
         with torch.device("meta"):
             stages[number] = Transformer(model, compute, config.run.recompute, tp, stage)
         if config.parallel.zero.engine == "deepspeed":
-            return _under_deepspeed(config, stages[number].to_empty(device=device), mesh, placement)
+            return _under_deepspeed(config, stages[number].to_empty(device=device), mesh, plan)
         syncs[number] = shard_stage(stages[number], mesh, config.parallel.zero, compute)
         offloaded = config.parallel.zero.offload == "cpu" and layout.data > 1
         stages[number].to_empty(device="cpu" if offloaded else device)
         initialise(stages[number], config.run.seed)
         for block in stages[number].layers.values() if config.run.compile else ():
             block.compile()
-    passes = Passes(stages, syncs, mesh, pipeline, placement, stage_costs(pieces, bounds))
+    passes = Passes(stages, syncs, mesh, config.parallel.pipeline, plan)
     held = [region for stage in stages.values() for region in regions(stage, stage.parts, mesh)]
     return Parts(mesh, passes, build_optimizer(config.optimizer, held, mesh), held)
 
 
-def _under_deepspeed(config: Config, model: Transformer, mesh: Mesh, placement: Placement) -> Parts:
+def _under_deepspeed(config: Config, model: Transformer, mesh: Mesh, plan: Stages) -> Parts:
     """Steps 6, 7 and 9 where DeepSpeed's engine shards and updates; it makes the masters, so weights come after it."""
     adamw = adamw_without_state(config.optimizer, list(model.named_parameters()))
     engine = DeepSpeedStage(model, model.parts, adamw, mesh, engine_settings(config))
@@ -166,7 +162,7 @@ def _under_deepspeed(config: Config, model: Transformer, mesh: Mesh, placement: 
         part = Part(region.part.shape, region.offset, region.size)
         fill(region.parameter, config.model, config.run.seed, region.name, part)
     engine.publish()
-    passes = Passes({0: model}, {0: engine}, mesh, config.parallel.pipeline, placement, Costs.uniform(1), {0: engine})
+    passes = Passes({0: model}, {0: engine}, mesh, config.parallel.pipeline, plan, {0: engine})
     return Parts(mesh, passes, engine, engine.held)
 
 

@@ -17,12 +17,11 @@ from megalm.model.transformer import ModelInputs, Transformer
 from megalm.parallel.mesh import Mesh
 from megalm.parallel.pipeline.executor import Executor
 from megalm.parallel.pipeline.p2p import Buffers
-from megalm.parallel.pipeline.plan import Placement
 from megalm.parallel.pipeline.planner import plan_schedule
 from megalm.parallel.pipeline.recording import Recording
-from megalm.parallel.pipeline.simulate import Costs
 from megalm.parallel.pipeline.tied import add_tied_gradients
 from megalm.parallel.zero.sync import GradientSync, NoSync
+from megalm.train.stages import Stages
 
 
 class Passes:
@@ -34,13 +33,13 @@ class Passes:
         syncs: Mapping[int, GradientSync],
         mesh: Mesh,
         pipeline: Pipeline,
-        placement: Placement,
-        costs: Costs,
+        plan: Stages,
         calls: Mapping[int, Callable[..., Any]] | None = None,
     ) -> None:
-        """`calls`: what to call in the stages' place, if it is not they."""
+        """`plan` has all stages, `stages` those of this rank; `calls`: what to call in their place, if it is not
+        they."""
         self.stages, self.syncs, self.mesh, self._calls = stages, syncs, mesh, calls or stages
-        self.pipeline, self.placement, self.costs = pipeline, placement, costs
+        self.pipeline, self.plan, self.placement = pipeline, plan, plan.placement
         self._any = next(iter(stages.values()))
         self._buffers = Buffers(self._any.compute, mesh.device)
         self._executors: dict[tuple[int, bool], Executor] = {}
@@ -49,7 +48,7 @@ class Passes:
     def of(cls, model: Transformer) -> Passes:
         """A whole model in one process."""
         mesh = Mesh(device=next(model.parameters()).device)
-        return cls({0: model}, {0: NoSync()}, mesh, Pipeline(chunks=1), (0,), Costs.uniform(1))
+        return cls({0: model}, {0: NoSync()}, mesh, Pipeline(chunks=1), Stages.whole(model.config.num_layers))
 
     @property
     def predicts(self) -> bool:
@@ -83,7 +82,8 @@ class Passes:
                 self.mesh.pipeline.size,
                 chunks,
                 micro_batches,
-                self.costs,
+                self.plan.costs,
+                None if forward_only else self.plan.memory_cap,
                 tied=tied,
                 forward_only=forward_only,
             )

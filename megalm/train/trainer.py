@@ -41,6 +41,7 @@ from megalm.ops.dropout import sequence_keys
 from megalm.optim.gradients import clip, sum_copies, totals
 from megalm.optim.schedule import learning_rate_factor
 from megalm.parallel.pipeline.recording import Recording
+from megalm.parallel.pipeline.timeline import TIMELINE
 from megalm.train.build import Inputs, Parts, build_inputs, build_model, build_parts, model_inputs, pinned
 from megalm.train.device import DTYPES, memory_bytes, peak_flops
 from megalm.train.evaluate import evaluation_line, score_sources
@@ -104,6 +105,7 @@ def facts(inputs: Inputs) -> dict[str, str]:
         "config": to_yaml(inputs.config),
         "data": inputs.loader.fingerprint,
         "tokenizer": inputs.tokenizer.fingerprint,
+        "plan of stages": str(inputs.stages),
         "kind of device": inputs.device.type,
         "version of megalm": megalm.__version__,
         "version of torch": torch.__version__,
@@ -117,7 +119,7 @@ class Trainer:
     def __init__(self, inputs: Inputs, directory: Path) -> None:
         self.inputs, self.config, self.directory = inputs, inputs.config, directory
         self.batches = plan_batches(self.config.batch)
-        self.parts: Parts = build_parts(self.config, inputs.device)
+        self.parts: Parts = build_parts(inputs)
         self.mesh = self.parts.mesh
         self.position = Position(
             tokens_by_source=dict.fromkeys(inputs.loader.source_names, 0),
@@ -296,8 +298,9 @@ class Trainer:
         )
 
     def _write(self, recording: Recording, micro_batches: int) -> None:
-        passes = self.parts.passes
-        recording.write(self.directory / "timeline.json", passes.pipeline.schedule, passes.placement, micro_batches)
+        schedule, stages = self.config.parallel.pipeline.schedule, self.inputs.stages
+        layers = [end - first for first, end in stages.bounds]
+        recording.write(self.directory / TIMELINE, schedule, stages.placement, layers, micro_batches)
 
     def _save(self, metrics: Metrics | None) -> None:
         """Writes a checkpoint."""

@@ -26,7 +26,14 @@ def record(run: Path, slower: float = 1.0) -> None:
         [{"action": str(a), "start": zero + s * slower, "end": zero + s * slower + e - s} for a, s, e in rank]
         for rank in ranks
     ]
-    content = {"schedule": "zbv", "placement": placement, "micro_batches": 6, "ranks": rows, "bytes": 24_000_000}
+    content = {
+        "schedule": "zbv",
+        "placement": placement,
+        "layers": [1] * len(placement),
+        "micro_batches": 6,
+        "ranks": rows,
+        "bytes": 24_000_000,
+    }
     (run / "timeline.json").write_text(json.dumps(content))
 
 

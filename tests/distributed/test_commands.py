@@ -19,10 +19,11 @@ import pytest
 from runs import losses, read_metrics, wait_for_step, write_config
 
 from megalm.cli import main
+from megalm.parallel.pipeline.timeline import read_timeline
 
 SETTINGS = ["schedule={steps: 24}", "model.num_heads=4", "optimizer.eps=1.0e-5", "run.timeout=20.0"]
 FOUR = ["parallel.tensor=2", "parallel.pipeline={size: 2, schedule: zbv}", "model.num_layers=4"]
-OTHER = ["parallel.data=4", "parallel.zero={stage: 3, shard: 2}", "model.num_layers=4", "batch.micro_size=2"]
+OTHER = ["parallel.data=2", "parallel.zero.stage=3", "model.num_layers=4", "batch.micro_size=2"]
 
 
 def command(config: str, *arguments: str) -> list[str]:
@@ -82,14 +83,16 @@ def test_a_killed_run_goes_on_under_another_layout_with_the_same_losses(data: Pa
     alone, several = tmp_path / "alone", tmp_path / "several"
     assert main(["train", write_config(data, alone), *SETTINGS, "model.num_layers=4"]) == 0
     config = write_config(data, several)
-    process = started(config, "--nproc", "4", *FOUR)
+    process = started(config, "--nproc", "4", *FOUR, "log.timeline=true")
     wait_for_step(process, several, 12)
     for rank in ranks_of(process):
         rank.kill()
     process.kill()
     process.wait()
     assert 5 <= read_metrics(several)[-1]["step"] < 24
-    assert outcome(started(config, "--nproc", "4", *OTHER)) == (0, [])
+    assert read_timeline(several / "timeline.json").layers == (1, 1, 1, 1)
+    planned = f"parallel.pipeline={{size: 2, schedule: auto, costs_from: {several}}}"
+    assert outcome(started(config, "--nproc", "4", *OTHER, planned)) == (0, [])
     ours, theirs = losses(several), losses(alone)
     assert [step for step, *_ in ours] == [step for step, *_ in theirs]
     for (step, *line), (_, *wanted) in zip(ours, theirs, strict=True):

@@ -55,7 +55,7 @@ def test_losses_and_gradient_norms_equal_those_of_a_plain_loop_over_transformers
 
     inputs = build_inputs(load_config(path, overrides))
     eod = inputs.tokenizer.eod
-    model = build_parts(inputs.config, inputs.device).passes.stages[0]
+    model = build_parts(inputs).passes.stages[0]
     peer = llama(inputs.config.model, dict(model.named_parameters()))
     matrices = [m.weight for m in peer.modules() if isinstance(m, torch.nn.Linear)]
     rest = [p for p in peer.parameters() if all(p is not matrix for matrix in matrices)]

@@ -1,11 +1,9 @@
 """When each action of one step ran, on all pipeline ranks: what `megalm plan schedule` draws beside the simulated plan.
 
-    {"schedule": "1f1b", "placement": [0, 1], "micro_batches": 8, "bytes": 131072,
-     "ranks": [[{"action": "F0.0", "start": 0.0012, "end": 0.0034}, ...], ...]}
-
-Seconds from a moment that all ranks agree on, for they leave a barrier together; CPUs of one machine, which leave it
-some microseconds apart, have the same clock, and count from the first one's moment. A receive is as long as the rank
-waits for it. On a GPU the times are those of its stream, measured with events, and recording them waits for nothing.
+The file is that of `timeline.py`. Seconds count from a moment that all ranks agree on, for they leave a barrier
+together; CPUs of one machine, which leave it some microseconds apart, have the same clock, and count from the first
+one's moment. A receive is as long as the rank waits for it. On a GPU the times are those of its stream, measured with
+events, and recording them waits for nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,8 +47,9 @@ class Recording:
         yield
         self._spans.append((action, start, self._now()))
 
-    def write(self, path: Path, schedule: str, placement: Placement, micro_batches: int) -> None:
-        """Brings the ranks' times together and writes the file, once; all ranks of all pipelines call it."""
+    def write(self, path: Path, schedule: str, placement: Placement, layers: Sequence[int], micro_batches: int) -> None:
+        """Brings the ranks' times together and writes the file, once; all ranks of all pipelines call it. `layers`: of
+        each stage."""
         if self._on_gpu:
             torch.cuda.synchronize(self.mesh.device)
         mine = [
@@ -70,6 +69,7 @@ class Recording:
             content = {
                 "schedule": schedule,
                 "placement": placement,
+                "layers": layers,
                 "micro_batches": micro_batches,
                 "bytes": sum(sent for _, sent, _ in ranks),
                 "ranks": [spans for spans, *_ in ranks],

@@ -2,7 +2,7 @@
 
 timeline.json, in the run directory, is written by a run with `log.timeline: true`:
 
-    {"schedule": "zbv", "placement": [0, 1, 1, 0], "micro_batches": 8, "bytes": 1048576,
+    {"schedule": "zbv", "placement": [0, 1, 1, 0], "layers": [2, 2, 2, 2], "micro_batches": 8, "bytes": 1048576,
      "ranks": [[{"action": "F0.0", "start": 0.0, "end": 0.0021}, ...], ...]}          seconds from a common zero
 """
 
@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 from megalm.errors import UserError
+from megalm.parallel.pipeline.partition import Piece
 from megalm.parallel.pipeline.plan import COMPUTE, Action, Op, Placement, Schedule, parse_action
 from megalm.parallel.pipeline.simulate import Costs, Timed
+
+TIMELINE = "timeline.json"
 
 
 @dataclass(frozen=True)
 class Timeline:
     schedule: Schedule
     placement: Placement
+    layers: tuple[int, ...]
+    """Of each stage."""
     micro_batches: int
     ranks: tuple[tuple[Timed, ...], ...]
     """Each rank's compute actions, in seconds from the first one's start."""
@@ -62,6 +67,22 @@ class Timeline:
             latency=max(0.0, median(map(min, waits.values()))) if waits else 0.0,
         )
 
+    def pieces(self) -> tuple[Piece, ...]:
+        """What embedding, each layer and the head took. A layer is known by the stages between the ends, or of two
+        stages by the first; what the ends took longer than their layers is the embedding's and the head's."""
+        costs = self.costs()
+
+        def parts(times: tuple[float, ...]) -> tuple[float, float, float]:
+            each = [time / layers for time, layers in zip(times, self.layers, strict=True)]
+            layer = median(each[1:-1] or each[:1])
+            first, last = (max(0.0, times[end] - self.layers[end] * layer) for end in (0, -1))
+            return first, layer, last
+
+        kinds = costs.forward, costs.input_gradient, costs.weight_gradient
+        embedding, layer, head = zip(*map(parts, kinds), strict=True)
+        block = replace(Piece(*layer), activation=1.0)
+        return Piece(*embedding), *[block] * sum(self.layers), Piece(*head)
+
 
 def read_timeline(path: Path) -> Timeline:
     """Raises UserError if the file is not one that a run has written."""
@@ -72,6 +93,7 @@ def read_timeline(path: Path) -> Timeline:
         return Timeline(
             content["schedule"],
             tuple(content["placement"]),
+            tuple(map(int, content["layers"])),
             content["micro_batches"],
             tuple(tuple(Timed(a, s - begin, e - begin) for a, s, e in rank if a.op in COMPUTE) for rank in ranks),
             content["bytes"],

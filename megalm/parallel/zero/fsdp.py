@@ -41,7 +41,7 @@ def shard_stage(module: nn.Module, mesh: Mesh, zero: Zero, compute: torch.dtype)
     which they are gathered; gradients are reduced and added up in the parameters' own type, and are sums over the
     ranks. Stage 0 wants a mesh that only replicates.
     """
-    dtype = next(module.parameters()).dtype
+    dtype = next((parameter.dtype for parameter in module.parameters()), compute)
     narrow = compute if compute.itemsize < dtype.itemsize else None
     if mesh.shards is None or (mesh.data.size == 1 and narrow is None):
         return NoSync()
