@@ -158,9 +158,11 @@ def test_a_mistake_is_said_once_and_nothing_is_written(data: Path, tmp_path: Pat
     assert [code for code, _ in ends] == [2, 2]
     assert "parallel.tensor=3 needs at least 3 processes" in ends[0][1][0]
     assert ends[1][1] == []
-    code, errors = outcome(started(config, "--nproc", "2", "parallel.tensor=2", "model.ffn_size=63"))
-    assert code == 2
-    assert len(errors) == 1
+    process = started(config, "--nproc", "2", "parallel.tensor=2", "model.ffn_size=63")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert errors.startswith(b"megalm: error: parallel.tensor=2 does not divide model.ffn_size=63")
+    assert errors.count(b"\n") == 1
     assert not run.exists()
 
 
