@@ -6,7 +6,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
 
@@ -153,7 +153,8 @@ def test_messages_that_wait_to_be_used_do_not_grow_with_the_micro_batches(
     size: tuple[Schedule, int, int, int],
 ) -> None:
     name, ranks, chunks, _ = size
-    placement = placement_of(name, ranks, chunks)
+    # Breadth-first, the first rank gets all micro-batches of its next chunk while it still works at the one before.
+    assume(chunks == 1 or ranks == 1 or name != "looped-bfs")
     uses = {Op.FORWARD: Op.RECEIVE_ACTIVATION, Op.BACKWARD: Op.RECEIVE_GRADIENT, Op.INPUT_GRADIENT: Op.RECEIVE_GRADIENT}
 
     def most_waiting(micro_batches: int) -> int:
@@ -168,8 +169,6 @@ def test_messages_that_wait_to_be_used_do_not_grow_with_the_micro_batches(
                 most = max(most, len(waiting))
         return most
 
-    if len(placement) > ranks and name == "looped-bfs":  # the first rank gets a chunk's last activations at its end
-        return
     assert most_waiting(6 * ranks) <= most_waiting(4 * ranks)
 
 
