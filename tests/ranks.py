@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -28,9 +29,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-CALLS = (
-    25  # torch keeps threads and sockets of groups that are gone: after some hundred of them all that is left is slow
-)
 PRELOADED = ["torch", "torch.distributed", "torch.distributed.fsdp", "megalm.model.transformer"]
 
 
@@ -51,14 +49,12 @@ class _Worker:
 @dataclass
 class _Pool:
     workers: list[_Worker] = field(default_factory=list)
-    calls: int = 0
 
     def take(self, size: int) -> list[_Worker]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        if self.calls == CALLS or not all(worker.process.is_alive() for worker in self.workers):
-            self.close()
-        self.calls += 1
+        if not all(worker.process.is_alive() for worker in self.workers):
+            self.close()  # something ended one between two calls
         while len(self.workers) < size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -74,7 +70,6 @@ class _Pool:
             worker.process.join()
             worker.connection.close()
         self.workers.clear()
-        self.calls = 0
 
 
 _POOL = _Pool()
@@ -170,5 +165,6 @@ def _run(rank: int, size: int, folder: str, timeout: float, job: bytes) -> Any:
         if dist.is_initialized():
             dist.barrier()  # a group that goes while a peer still uses it may end the process
             dist.destroy_process_group()
+            gc.collect()  # groups in cycles keep their threads, which wake up a hundred times a second
         faulthandler.unregister(signal.SIGUSR1)
     return value
