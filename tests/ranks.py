@@ -97,13 +97,9 @@ def run_ranks(size: int, function: Callable[..., T], *args: Any, timeout: float 
         deadline = time.monotonic() + timeout
         while len(results) + len(errors) < size and (left := deadline - time.monotonic()) > 0:
             waiting = {w.connection: r for r, w in enumerate(workers) if r not in results and r not in errors}
-            for connection in wait(list(waiting), left):
-                rank = waiting[connection]  # type: ignore[index]
-                try:
-                    fine, value = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
-                except (EOFError, ConnectionError):
-                    workers[rank].process.join()
-                    fine, value = False, f"died with exit code {workers[rank].process.exitcode}"
+            answers = [_answer(rank := waiting[c], workers[rank]) for c in wait(list(waiting), left)]  # type: ignore[index]
+            # Of those that are seen together, who died was first: the others failed for want of it.
+            for rank, fine, value in sorted(answers, key=lambda answer: answer[1] is not None):
                 (results if fine else errors)[rank] = value
                 if not fine:
                     deadline = min(deadline, time.monotonic() + grace)
@@ -113,6 +109,16 @@ def run_ranks(size: int, function: Callable[..., T], *args: Any, timeout: float 
         _POOL.close()
         raise RankError(errors)
     return [results[rank] for rank in range(size)]
+
+
+def _answer(rank: int, worker: _Worker) -> tuple[int, bool | None, Any]:
+    """Whether the rank's function returned, or None if the process died; and the result or what went wrong."""
+    try:
+        fine, value = pickle.loads(worker.connection.recv_bytes())
+    except (EOFError, ConnectionError):
+        worker.process.join()
+        return rank, None, f"died with exit code {worker.process.exitcode}"
+    return rank, fine, value
 
 
 def _stacks(folder: str, workers: list[_Worker], ranks: list[int], timeout: float) -> dict[int, str]:
