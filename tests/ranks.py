@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
 import multiprocessing
 import os
 import pickle
@@ -171,6 +170,5 @@ def _run(rank: int, size: int, folder: str, timeout: float, job: bytes) -> Any:
         if dist.is_initialized():
             dist.barrier()  # a group that goes while a peer still uses it may end the process
             dist.destroy_process_group()
-            gc.collect()  # groups in cycles keep their threads, which wake up a hundred times a second
         faulthandler.unregister(signal.SIGUSR1)
     return value
