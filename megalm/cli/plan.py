@@ -105,9 +105,9 @@ def _measured(run: Path, memory_cap: float | None, output: Path | None) -> None:
     from megalm.parallel.pipeline.schedules import compute_orders, templates
     from megalm.parallel.pipeline.search import search
     from megalm.parallel.pipeline.simulate import simulate
-    from megalm.parallel.pipeline.timeline import read_timeline
+    from megalm.parallel.pipeline.timeline import TIMELINE, read_timeline
 
-    timeline = read_timeline(run / "timeline.json")
+    timeline = read_timeline(run / TIMELINE)
     placement, micro_batches, costs = timeline.placement, timeline.micro_batches, timeline.costs()
     simulation = simulate([[timed.action for timed in rank] for rank in timeline.ranks], placement, costs)
     others = {name: compute_orders(name, placement, micro_batches) for name in templates(placement)}

@@ -39,7 +39,7 @@ class Passes:
         """`plan` has all stages, `stages` those of this rank; `calls`: what to call in their place, if it is not
         they."""
         self.stages, self.syncs, self.mesh, self._calls = stages, syncs, mesh, calls or stages
-        self.pipeline, self.plan, self.placement = pipeline, plan, plan.placement
+        self.pipeline, self.plan = pipeline, plan
         self._any = next(iter(stages.values()))
         self._buffers = Buffers(self._any.compute, mesh.device)
         self._executors: dict[tuple[int, bool], Executor] = {}
@@ -53,7 +53,7 @@ class Passes:
     @property
     def predicts(self) -> bool:
         """Whether this rank is the one, of those that hold the last stage, whose sums over its tokens count."""
-        return self.placement[-1] == self.mesh.pipeline.rank and self.mesh.tensor.rank == 0
+        return self.plan.placement[-1] == self.mesh.pipeline.rank and self.mesh.tensor.rank == 0
 
     def run(self, batches: Sequence[ModelInputs], scale: float | None, recording: Recording | None = None) -> Tensor:
         """Takes micro-batches forward, and with a `scale` of the objective backward: the gradients, sums over the data
@@ -90,7 +90,7 @@ class Passes:
             self._executors[key] = Executor(
                 plan[self.mesh.pipeline.rank],
                 self.syncs,
-                self.placement,
+                self.plan.placement,
                 self.mesh,
                 self._any.tp.queue,
                 self._any.compute,
@@ -100,6 +100,6 @@ class Passes:
         return self._executors[key]
 
     def _add_tied(self) -> None:
-        ends = self.placement[0], self.placement[-1]
+        ends = self.plan.placement[0], self.plan.placement[-1]
         copies = [s.output.weight for s in self.stages.values() if s.stage.embeds or s.stage.predicts]
         add_tied_gradients(copies, self.mesh.pipeline, ends, self.mesh.device)
