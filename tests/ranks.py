@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -154,12 +155,15 @@ def _serve(connection: Connection) -> None:
 
 
 def _run(rank: int, size: int, folder: str, timeout: float, job: bytes) -> Any:
+    import torch
     import torch.distributed as dist
+
+    from megalm.parallel.backend import backend
 
     with Path(folder, f"stack-{rank}").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         dist.init_process_group(
-            "gloo",
+            backend(torch.device("cpu")),
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=size,
@@ -170,5 +174,6 @@ def _run(rank: int, size: int, folder: str, timeout: float, job: bytes) -> Any:
         if dist.is_initialized():
             dist.barrier()  # a group that goes while a peer still uses it may end the process
             dist.destroy_process_group()
+            gc.collect()  # groups in cycles keep their threads, which wake up a hundred times a second
         faulthandler.unregister(signal.SIGUSR1)
     return value

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from megalm.config.sections import Model
 from megalm.model.init import initialise
 from megalm.model.transformer import ModelInputs, Transformer
+from megalm.parallel.backend import backend
 from megalm.parallel.mesh import Layout, build_mesh
 from megalm.parallel.tensor.axis import TensorParallel
 from megalm.train.device import DTYPES
@@ -85,7 +86,7 @@ def run(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     place = {} if rendezvous == "env://" else {"rank": rank, "world_size": options.tensor}
-    dist.init_process_group("nccl" if cuda else "gloo", init_method=rendezvous, **place)
+    dist.init_process_group(backend(device), init_method=rendezvous, **place)
     mesh = build_mesh(Layout(tensor=options.tensor), device, timedelta(minutes=5))
     config = Model(
         num_layers=options.layers, hidden_size=options.width, num_heads=8, num_kv_heads=8, head_dim=options.width // 8,

@@ -30,6 +30,7 @@ from torch.distributed import Store
 
 from megalm.errors import RunFailed, UserError
 from megalm.launch.ranks import Process
+from megalm.parallel.backend import backend
 
 T = TypeVar("T")
 WORD, HERE, LEFT = "megalm/failed", "megalm/here", "megalm/left"
@@ -73,14 +74,13 @@ class World:
             yield
             return
         rank, size = self.process.rank, self.process.size
-        backend = "nccl" if device.type == "cuda" else "gloo"
         watch = threading.Thread(target=self._watch, args=(self._connect(timeout),), daemon=True)
         watch.start()
         try:
             limit = timedelta(seconds=timeout)
             # No `device_id`: with it NCCL runs all messages of a group one after the other, and a pipeline's receives
             # that are posted ahead would hold up its sends; without it each pair of ranks has its own order.
-            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=limit)
+            dist.init_process_group(backend(device), store=self._store, rank=rank, world_size=size, timeout=limit)
             yield
             dist.barrier()  # a group that goes while a peer still uses it may end the process
         except (KeyboardInterrupt, SystemExit):

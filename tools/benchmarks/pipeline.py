@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import pipelining
 
+from megalm.parallel.backend import backend
 from megalm.parallel.mesh import Layout, Mesh, build_mesh
 from megalm.parallel.pipeline.executor import Executor
 from megalm.parallel.pipeline.p2p import warm_up
@@ -175,7 +176,9 @@ def rank_main(rank: int, options: argparse.Namespace, size: int, folder: str) ->
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    dist.init_process_group(
+        backend(torch.device("cpu")), init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size
+    )
     mesh = build_mesh(Layout(pipeline=size), torch.device("cpu"), timedelta(seconds=60))
     warm_up(mesh)
     x_MTD, y_MTD = torch.randn(2, options.micro_batches, ROWS, WIDTH)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megalm.errors import UserError
+from megalm.parallel.backend import backend
 from megalm.parallel.mesh import Axis, Mesh
 from megalm.parallel.part import Part
 from megalm.parallel.zero.regions import Region
@@ -99,8 +100,7 @@ def load_deepspeed(device: torch.device) -> ModuleType:
 def _groups(mesh: Mesh) -> _Groups:
     """Groups of one rank included, since DeepSpeed takes no group for all ranks."""
     if not dist.is_initialized():
-        backend = "nccl" if mesh.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend(mesh.device), store=dist.HashStore(), rank=0, world_size=1)
     alone = [dist.new_group([rank]) for rank in range(mesh.layout.size)][mesh.rank]
     return _Groups(mesh.data, mesh.tensor, mesh.data.group or alone, mesh.tensor.group or alone)
 
