@@ -116,7 +116,8 @@ class Inbox:
         """From now on the sender can get rid of message `number`."""
         while self._posted <= number:
             buffer = self.buffers.take(self.shapes[self.micro_batches[self._posted]])
-            self._waiting[self._posted] = (self.group.recv([buffer], self.source, 0), buffer)
+            with _peer_named(self.axis, self.source, f"asking for message {self._posted} from it"):
+                self._waiting[self._posted] = (self.group.recv([buffer], self.source, 0), buffer)
             self._posted += 1
 
     def take(self, number: int) -> Tensor:
@@ -150,7 +151,8 @@ class Outbox:
             leaving.popleft()
         if len(leaving) >= self.limit:
             self._wait()
-        leaving.append((self.group.send([tensor], self.target, 0), tensor))
+        with _peer_named(self.axis, self.target, "sending to it"):
+            leaving.append((self.group.send([tensor], self.target, 0), tensor))
 
     def finish(self) -> None:
         """Waits until all is sent."""

@@ -18,7 +18,7 @@ from megalm.parallel.weight_gradients import WeightGradientQueue
 
 
 class Counter(TorchDispatchMode):
-    """Bytes that a rank sends in rings."""
+    """Bytes that a rank sends."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = str(func)
         if "c10d" in name and "wait" not in name:
-            shares = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1 / self.size, "all_reduce": 2 / self.size}
+            shares = {"all_to_all_single": 1 / self.size, "all_reduce": 2 / self.size}
             self.bytes += shares[name.split(".")[1]] * (self.size - 1) * args[0].nbytes
             self.names.add(name)
         return out
