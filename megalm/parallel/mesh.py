@@ -14,7 +14,6 @@ would be more dims of the same range.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from math import prod
@@ -110,41 +109,56 @@ class Mesh:
 def build_mesh(layout: Layout, device: torch.device, timeout: timedelta, tensor_copies: int = 1) -> Mesh:
     """The mesh of this process, whose default process group must exist and have `layout.size` ranks.
 
-    All ranks make all groups in the same order. `tensor_copies` neighbours on the tensor axis hold the same key/value
-    heads. `timeout` bounds every collective.
+    All ranks make all groups in the same order, and one for all axes that run along the same ranks. `tensor_copies`
+    neighbours on the tensor axis hold the same key/value heads. `timeout` bounds every collective.
     """
     assert dist.get_world_size() == layout.size, f"{dist.get_world_size()} processes for {layout}"
     rank = dist.get_rank()
+    everyone = list(range(layout.size))
+    made: dict[str, Axis] = {}
+    if layout.size > 1:
+        made[str([everyone])] = Axis(tuple(everyone), rank, dist.group.WORLD)
 
-    def axis(lines: Iterable[list[int]]) -> Axis:
-        mine = Axis()
+    def new_axis(lines: list[list[int]]) -> Axis:
+        mine = Axis((rank,))
         for ranks in lines:
-            if len(ranks) == 1:
-                continue
-            group = dist.new_group(ranks, timeout=timeout)
-            if rank in ranks:
-                mine = Axis(tuple(ranks), ranks.index(rank), group)
-        return mine if rank in mine.ranks and mine.group is not None else Axis((rank,), 0, None)
+            if len(ranks) > 1:
+                group = dist.new_group(ranks, timeout=timeout)
+                if rank in ranks:
+                    mine = Axis(tuple(ranks), ranks.index(rank), group)
+        return mine
+
+    def axis(lines: list[list[int]]) -> Axis:
+        if (key := str(lines)) not in made:
+            made[key] = new_axis(lines)
+        return made[key]
 
     tensor = layout.lines("tensor")
     copies = [line[i : i + tensor_copies] for line in tensor for i in range(0, layout.tensor, tensor_copies)]
+    replicate, shard = axis(layout.lines("data_replicate")), axis(layout.lines("data_shard"))
+    data = axis(layout.lines("data_replicate", "data_shard"))
     shards = None
     if layout.data > 1 or layout.pipeline > 1:
-        grid = torch.arange(layout.size).view(layout.shape)
-        shards = DeviceMesh(device.type, grid, mesh_dim_names=AXES)["data_replicate", "data_shard"]
+        alone = dist.new_group([rank], use_local_synchronization=True)
+        shards = DeviceMesh.from_group(
+            [replicate.group or alone, shard.group or alone],
+            device.type,
+            torch.tensor(data.ranks).view(layout.data_replicate, layout.data_shard),
+            mesh_dim_names=("data_replicate", "data_shard"),
+        )
     return Mesh(
         layout,
         rank,
         device,
-        world=axis([list(range(layout.size))]),
+        world=axis([everyone]),
         pipeline=axis(layout.lines("pipeline")),
-        data_replicate=axis(layout.lines("data_replicate")),
-        data_shard=axis(layout.lines("data_shard")),
-        data=axis(layout.lines("data_replicate", "data_shard")),
+        data_replicate=replicate,
+        data_shard=shard,
+        data=data,
         tensor=axis(tensor),
         tensor_copies=axis(copies),
         matrices=axis(layout.lines("data_shard", "tensor")),
-        down=axis(layout.lines("pipeline")),
-        up=axis(layout.lines("pipeline")),
+        down=new_axis(layout.lines("pipeline")),
+        up=new_axis(layout.lines("pipeline")),
         shards=shards,
     )

@@ -19,21 +19,22 @@ def test_gpus_talk_by_nccl() -> None:
     assert backend(torch.device("cuda", 0)) == "nccl"
 
 
-def workers() -> int:
+def settled_workers() -> int:
     """gloo's threads that run collectives."""
+    time.sleep(0.2)  # a thread has its name a moment after it began
     names = Counter(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
     return names["pt_gloo_runloop"]
 
 
 def workers_of_new_groups() -> int:
-    before = workers()
+    dist.barrier()
+    before = settled_workers()
     groups = [dist.new_group([0, 1]) for _ in range(3)]
     sums = [torch.full((2,), float(dist.get_rank())) for _ in groups]
     for work in [dist.all_reduce(x, group=group, async_op=True) for x, group in zip(sums, groups, strict=True)]:
         work.wait()
     assert [x.tolist() for x in sums] == [[1.0, 1.0]] * 3
-    time.sleep(0.2)  # a thread has its name a moment after it began
-    return workers() - before
+    return settled_workers() - before
 
 
 def test_one_worker_runs_the_collectives_of_a_cpu_group() -> None:

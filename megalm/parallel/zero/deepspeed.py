@@ -101,7 +101,7 @@ def _groups(mesh: Mesh) -> _Groups:
     """Groups of one rank included, since DeepSpeed takes no group for all ranks."""
     if not dist.is_initialized():
         dist.init_process_group(backend(mesh.device), store=dist.HashStore(), rank=0, world_size=1)
-    alone = [dist.new_group([rank]) for rank in range(mesh.layout.size)][mesh.rank]
+    alone = dist.new_group([mesh.rank], use_local_synchronization=True)
     return _Groups(mesh.data, mesh.tensor, mesh.data.group or alone, mesh.tensor.group or alone)
 
 

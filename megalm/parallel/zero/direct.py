@@ -1,5 +1,5 @@
-"""FSDP's two messages on CPUs, from each rank to each instead of round gloo's ring: why and with what gain, see
-`megalm.parallel.collectives`."""
+"""FSDP's sums on CPUs, from each rank to each instead of round gloo's ring; why and with what gain, see
+`megalm.parallel.collectives`. (Gathers stay as they are: each to each they would hold a second copy of the whole.)"""
 
 from __future__ import annotations
 
@@ -9,29 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, Comm, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 
-def send_directly(module: FSDPModule) -> None:
-    module.set_custom_all_gather(_Gather())
-    module.set_custom_reduce_scatter(_ScatterSum())
-
-
-class _Memory(Comm):
+class DirectSum(ReduceScatter):
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
-
-class _Gather(_Memory, AllGather):
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        repeated = torch.cat([input_tensor] * group.size())
-        return dist.all_to_all_single(output_tensor, repeated, group=group, async_op=async_op)
-
-
-class _ScatterSum(_Memory, ReduceScatter):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, op: object, async_op: bool = False
     ) -> None:

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from megalm.config.sections import Zero
 from megalm.parallel.collectives import start_joint_sum
 from megalm.parallel.mesh import Axis, Mesh
-from megalm.parallel.zero.direct import send_directly
+from megalm.parallel.zero.direct import DirectSum
 from megalm.parallel.zero.regions import local
 from megalm.parallel.zero.sync import GradientSync, NoSync
 
@@ -65,7 +65,7 @@ def shard_stage(module: nn.Module, mesh: Mesh, zero: Zero, compute: torch.dtype)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         if mesh.device.type == "cpu":
-            send_directly(unit)
+            unit.set_custom_reduce_scatter(DirectSum())
     return FsdpSync(sharded[-1], units, stage, replicas, mesh.device)
 
 

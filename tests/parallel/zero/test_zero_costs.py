@@ -19,7 +19,7 @@ from megalm.optim.adamw import build_adamw
 from megalm.parallel.zero.costs import Memory, Traffic, memory, traffic
 
 WIDE: dict[str, Any] = {"num_layers": 4, "hidden_size": 128, "num_heads": 2, "head_dim": 64, "ffn_size": 384}
-OPS = {"_allgather_base_": "gather", "_reduce_scatter_base_": "scatter", "allreduce_": "sum"}
+OPS = {"_allgather_base_": "gather", "alltoall_base_": "scatter", "allreduce_": "sum"}
 
 
 class Counter(TorchDispatchMode):
