@@ -4,7 +4,7 @@
     start_scatter_sum   the sum over the ranks, this rank's rows of it       size * S rows -> S rows
     start_sum           the sum over the ranks, whole                        S rows -> S rows
 
-What they give is on its way until `wait`; what stands between the two runs while it travels.
+They give a tensor at once, and `wait` says when it must be there; what stands between the two runs while it travels.
 (torch's functional collectives: on NCCL and gloo alike, seen by its profiler, its debug modes and recomputation.)
 
 gloo passes rows round a ring, and makes a scattered sum of a whole one. So on CPUs a gather and a scattered sum are
@@ -19,57 +19,74 @@ The four of which autograd knows the derivative come in pairs, one the derivativ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _register_work, _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName
 
 from megalm.parallel.mesh import Axis
 
 
-@dataclass(frozen=True)
-class Started:
-    """A collective on its way."""
-
-    arriving: Tensor
-    addends: int = 1
-    """How many ranks' rows arrive, to be added up."""
-
-
-def start_gather(x: Tensor, axis: Axis) -> Started:
+def start_gather(x: Tensor, axis: Axis) -> Tensor:
     if axis.group is None:
-        return Started(x)
+        return x
     if x.is_cpu:
-        return Started(_each_to_each(torch.cat([x] * axis.size), axis))
-    return Started(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), axis.size, axis.group.group_name))
+        rows = [len(x)] * axis.size
+        return torch.ops._c10d_functional.all_to_all_single(
+            torch.cat([x] * axis.size), rows, rows, axis.group.group_name
+        )
+    return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), axis.size, axis.group.group_name)
 
 
-def start_scatter_sum(x: Tensor, axis: Axis) -> Started:
+def start_scatter_sum(x: Tensor, axis: Axis) -> Tensor:
     if axis.group is None:
-        return Started(x)
+        return x
+    if x.is_cpu:
+        return torch.ops.megalm.scatter_sum(x, axis.size, axis.group.group_name)
+    return torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, axis.group.group_name)
+
+
+def start_sum(x: Tensor, axis: Axis) -> Tensor:
+    if axis.group is None:
+        return x
+    return torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", axis.group.group_name)
+
+
+def wait(x: Tensor) -> Tensor:
+    """`x` of a collective that was started; any other tensor is given as it is."""
+    return torch.ops._c10d_functional.wait_tensor(x)
+
+
+@torch.library.custom_op("megalm::scatter_sum", mutates_args=())
+def scatter_sum(x: Tensor, size: int, group_name: str) -> Tensor:
+    """`start_scatter_sum` by messages from each rank to each."""
     x = x.contiguous()
-    if x.is_cpu:
-        return Started(_each_to_each(x, axis), axis.size)
-    return Started(torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", axis.size, axis.group.group_name))
+    arriving = torch.empty_like(x)
+    work = dist.all_to_all_single(arriving, x, group=_resolve_process_group(GroupName(group_name)), async_op=True)
+    total = x.new_empty(len(x) // size, *x.shape[1:])
+    _register_work(total, _Sum(work, arriving, total))
+    return total
 
 
-def start_sum(x: Tensor, axis: Axis) -> Started:
-    if axis.group is None:
-        return Started(x)
-    return Started(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", axis.group.group_name))
+@scatter_sum.register_fake
+def _(x: Tensor, size: int, group_name: str) -> Tensor:
+    return x.new_empty(len(x) // size, *x.shape[1:])
 
 
-def wait(started: Started) -> Tensor:
-    x = torch.ops._c10d_functional.wait_tensor(started.arriving)
-    return x if started.addends == 1 else x.unflatten(0, (started.addends, -1)).sum(0)
+class _Sum(dist.Work):
+    """What `wait` waits for: rows of each rank, and `total` of them."""
 
+    def __init__(self, work: dist.Work, arriving: Tensor, total: Tensor) -> None:
+        super().__init__()
+        self.work, self.arriving, self.total = work, arriving, total
 
-def _each_to_each(x: Tensor, axis: Axis) -> Tensor:
-    """The first rows of `x` to the first rank, the next ones to the next; theirs come in the order of the ranks."""
-    assert axis.group is not None
-    rows = [len(x) // axis.size] * axis.size
-    return torch.ops._c10d_functional.all_to_all_single(x, rows, rows, axis.group.group_name)
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        self.work.wait()
+        torch.sum(self.arriving.view(-1, *self.total.shape), 0, out=self.total)
+        return True
 
 
 def start_joint_sum(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> Callable[[], None]:
@@ -106,8 +123,8 @@ def each_rank(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _Pair.apply(x, axis, _same, start_sum)
 
 
-def _same(x: Tensor, axis: Axis) -> Started:
-    return Started(x.view_as(x))
+def _same(x: Tensor, axis: Axis) -> Tensor:
+    return x.view_as(x)
 
 
 class _Pair(torch.autograd.Function):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from layout_runs import Curve, assert_same, curve, losses_and_norms, settings, stretch
-from ranks import RankError, forget_ranks, run_ranks
+from ranks import RankError, run_ranks
 
 from megalm.config import resolve
 from megalm.errors import UserError
@@ -32,15 +32,9 @@ def layout(tensor: int, data: int, stage: int, offload: str = "none", engine: st
     return {"tensor": tensor, "data": data, "zero": {"engine": engine, "stage": stage, "offload": offload}}
 
 
-@pytest.fixture(autouse=True)
-def new_ranks() -> None:
-    forget_ranks()  # DeepSpeed numbers parameters from the start of the process, and all ranks have to agree
-
-
 @pytest.fixture(scope="module")
 def alone(data: Path) -> dict[str, Curve]:
     """What one process gives, on torch alone."""
-    forget_ranks()
     return {
         "untied": curve(settings(data, UNTIED)),
         "tied": curve(settings(data, TIED)),
@@ -106,7 +100,6 @@ def test_a_run_goes_on_under_the_other_engine_and_another_layout(
         layout(2, 1, 1, engine="fsdp"),
     ):
         ranks = parallel["tensor"] * parallel["data"]
-        forget_ranks()
         found += run_ranks(ranks, stretch, settings(data, parallel=parallel), tmp_path, 5)[0]
     assert_same(found, alone["untied"])
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalm.parallel.collectives import Started, start_gather, start_scatter_sum, start_sum, wait
+from megalm.parallel.collectives import start_gather, start_scatter_sum, start_sum, wait
 from megalm.parallel.part import Part
 from megalm.parallel.tensor.axis import TensorParallel
 from megalm.parallel.weight_gradients import Product, add_gradient
@@ -123,15 +123,16 @@ class _WeightGradients:
     x: Tensor
     tp: TensorParallel
     gathers: bool
-    coming: Started | None = None
+    whole: Tensor | None = None
 
     def prepare(self) -> None:
-        if self.gathers and self.coming is None:
-            self.coming = start_gather(self.x, self.tp.axis)
+        if self.whole is None:
+            self.whole = start_gather(self.x, self.tp.axis) if self.gathers else self.x
 
     def compute(self) -> list[Tensor]:
         self.prepare()
-        x = self.x if self.coming is None else wait(self.coming)
+        assert self.whole is not None
+        x = wait(self.whole) if self.gathers else self.whole
         return [torch.mm(g.t(), x).to(p.dtype) for g, p in zip(self.gradients, self.parameters, strict=True)]
 
     def run(self) -> None:
@@ -172,10 +173,11 @@ class _Column(torch.autograd.Function):
         gx_TD = torch.mm(gradients[-1], narrow[-1])
         for g_TF, weight in zip(gradients[-2::-1], narrow[-2::-1], strict=True):
             gx_TD += torch.mm(g_TF, weight)
-        coming = (start_scatter_sum if tp.shards_rows else start_sum)(gx_TD, tp.axis)
+        gx_RD = (start_scatter_sum if tp.shards_rows else start_sum)(gx_TD, tp.axis)
         bias_gradients = [g_TF.sum(0, dtype=bias.dtype) for g_TF, bias in zip(gradients, biases, strict=False)]
         weight_gradients = products.now_or_later()
-        return wait(coming), None, None, *weight_gradients, *bias_gradients
+        gx_RD = gx_RD if gx_RD is gx_TD else wait(gx_RD)
+        return gx_RD, None, None, *weight_gradients, *bias_gradients
 
 
 class _Row(torch.autograd.Function):

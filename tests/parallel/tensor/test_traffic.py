@@ -27,8 +27,8 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = str(func)
-        if "c10d" in name and "wait" not in name:
-            shares = {"all_to_all_single": 1 / self.size, "all_reduce": 2 / self.size}
+        if ("c10d" in name and "wait" not in name) or name.startswith("megalm.scatter"):
+            shares = {"all_to_all_single": 1 / self.size, "scatter_sum": 1 / self.size, "all_reduce": 2 / self.size}
             self.bytes += shares[name.split(".")[1]] * (self.size - 1) * args[0].nbytes
             self.names.add(name)
         return out
