@@ -18,9 +18,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 
 
-def native(name: str, folder: str) -> Extension:
-    """One native module: every .cpp file in csrc/`folder`."""
-    return Extension(name, sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob("*.cpp")))
+def native(name: str, folder: str, *flags: str) -> Extension:
+    """One native module: every .cpp file in csrc/`folder`, compiled with `flags` besides the usual ones."""
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob("*.cpp"))
+    return Extension(name, sources, extra_compile_args=list(flags))
 
 
 class NinjaBuild(build_ext):
@@ -37,13 +38,14 @@ class NinjaBuild(build_ext):
         includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *(f"-I{i}" for i in includes)]
         flags.append("-ffp-contract=off")  # rounds alike on every machine, which the blending of order `megatron` needs
+        flags += ext.extra_compile_args
         with (work / "build.ninja").open("w") as file:
             ninja = Writer(file)
             ninja.variable("cxx", os.environ.get("CXX", "c++"))
             ninja.variable("cxxflags", " ".join(flags) + " " + os.environ.get("CXXFLAGS", ""))
             ninja.variable("ldflags", os.environ.get("LDFLAGS", ""))
             ninja.rule("compile", "$cxx $cxxflags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
-            ninja.rule("link", "$cxx -shared $in -o $out $ldflags")
+            ninja.rule("link", "$cxx -shared -pthread $in -o $out -ldl $ldflags")
             objects = {f"{Path(source).stem}.o": str((ROOT / source).resolve()) for source in ext.sources}
             for target, source in objects.items():
                 ninja.build([target], "compile", [source])
@@ -61,7 +63,11 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megalm", "megalm.*"]),
     package_data={"megalm": ["py.typed", "*.pyi"]},
-    ext_modules=[native("megalm._indexed_dataset", "indexed_dataset"), native("megalm._order", "order")],
+    ext_modules=[
+        native("megalm._indexed_dataset", "indexed_dataset"),
+        native("megalm._order", "order"),
+        native("megalm._fused_softmax_cpu", "fused_softmax", "-ffp-contract=fast"),  # no module: ctypes loads it
+    ],
     cmdclass={"build_ext": NinjaBuild},
     entry_points={"console_scripts": ["megalm = megalm.cli:main"]},
     install_requires=[
