@@ -68,7 +68,8 @@ def statistics(library: ctypes.CDLL, device: str, logits: Tensor, targets: Tenso
 def gradient(
     library: ctypes.CDLL, logits: Tensor, targets: Tensor, lse: Tensor, given: Case, words: int, to: Tensor
 ) -> None:
-    tensors = (x.data_ptr() for x in (logits, targets, lse.to(logits.device), given.weight.to(logits.device)))
+    lse, weight = lse.to(logits.device), given.weight.to(logits.device)
+    tensors = (x.data_ptr() for x in (logits, targets, lse, weight))
     hit, spread = 1 - given.smoothing, given.smoothing / words
     settings = (given.softcap, given.z_loss, hit, spread)
     arguments = (*logits.shape, native.DTYPES[logits.dtype], *tensors, *settings, to.data_ptr())

@@ -9,7 +9,8 @@
 // lanes at different shuffles or with different masks, a lane outside its own mask, a barrier that some threads never
 // reach. Limits of a launch (threads a block, blocks a grid) are checked as the driver does.
 //
-// Not emulated: the order of memory operations of lanes that do not wait for each other, streams, and speed.
+// Not emulated: memory operations of lanes that overtake each other, streams, speed, and shuffles of two parts of one
+// warp at a time, each with a mask of its own.
 #pragma once
 
 #include <ucontext.h>
@@ -148,6 +149,7 @@ inline void enter() {
     if (warp.arrived & warp.mask & ~(1u << current->number) && warp.mask >> current->number & 1)
         fail(std::string(warp.operation) + ": a lane returned while others of its mask wait");
     ++block.returned;
+    if (block.at_barrier) fail("__syncthreads: a thread of the block has returned while others wait");
     to_scheduler();
 }
 
