@@ -2,10 +2,11 @@
 //
 // Two ways, by the most keys that a row may see:
 //
-//     up to 2,048    one warp a row, which stays in registers: read once, written once. A template for each number of
-//                    packs a lane holds, so that short rows do not pay for registers that they do not need.
-//     more           one block a row, of any length: a first pass finds the largest score and the sum, a second reads
-//                    again (from the L2 cache, where the rows in flight fit) and writes.
+//     up to 2,048 (float32: 1,024)    one warp a row, which stays in registers: read once, written once. A template for
+//                                     each number of packs a lane holds, so that short rows do not pay for registers
+//                                     that they do not need.
+//     more                            one block a row, of any length: a first pass finds the largest score and the sum,
+//                                     a second reads again (from a cache, where the rows in flight fit) and writes.
 //
 // Keys outside a row's range are never read; their probabilities and gradients are cleared. Each thread writes only
 // where it alone has read, after reading, so a result may be the memory of what it is computed from.
@@ -17,9 +18,9 @@
 namespace megalm {
 namespace {
 
-constexpr int kWarpKeys = 2048;  // of float32 64 registers a lane
-constexpr int kWarpRows = 4;     // rows, and warps, of a block
-constexpr int kThreads = 256;    // of a block that has one row
+constexpr int kMostPacks = 8;  // of a lane: with more, registers would leave a multiprocessor too few warps
+constexpr int kWarpRows = 4;   // rows, and warps, of a block
+constexpr int kThreads = 256;  // of a block that has one row
 
 // One row: where it is, what it sees, and how raw scores become s.
 template <typename T>
@@ -45,21 +46,27 @@ struct Row {
         const std::int64_t end = range.end > range.begin ? range.end : range.begin;
         return {static_cast<int>(range.begin), static_cast<int>(end)};
     }
-    __device__ bool sees(int key) const {
-        return key >= seen.begin && key < seen.end && (!padding || padding[key]) && (!allowed || allowed[key]);
-    }
+    __device__ bool spans(int key) const { return key >= seen.begin && key < seen.end; }
 
-    // s of the pack at key `at`, -inf where the row does not see.
+    // s of the pack at key `at`, -inf where the row does not see. What few rows need is asked once a pack.
     __device__ void load_scores(float (&s)[kSize], const T* row, int at) const {
         Pack<T> pack;
         load(pack, row, at, seen);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-            s[i] = -INFINITY;
-            if (!sees(at + i)) continue;
-            const float score = scale * to_float(pack.element[i]);
-            s[i] = softcap != 0.0f ? softcap * tanhf(score / softcap) : score;
+        for (int i = 0; i < kSize; ++i) s[i] = spans(at + i) ? scale * to_float(pack.element[i]) : -INFINITY;
+        if (softcap != 0.0f) {
+#pragma unroll
+            for (int i = 0; i < kSize; ++i)
+                if (spans(at + i)) s[i] = softcap * tanhf(s[i] / softcap);
         }
+        hide(s, padding, at);
+        hide(s, allowed, at);
+    }
+    __device__ void hide(float (&s)[kSize], const std::uint8_t* shown, int at) const {
+        if (!shown) return;
+#pragma unroll
+        for (int i = 0; i < kSize; ++i)
+            if (spans(at + i) && !shown[at + i]) s[i] = -INFINITY;
     }
 };
 
@@ -175,17 +182,22 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __device__ Pack<T> score_gradients(const Row<T>& row, const Pack<T>& p, const Pack<T>& g, float dot, const T* scores,
                                    int at) {
-    Pack<T> result, raw;
-    if (scores) load(raw, scores, at, row.seen);
+    constexpr int kSize = Pack<T>::kSize;
+    float gradient[kSize];
 #pragma unroll
-    for (int i = 0; i < Pack<T>::kSize; ++i) {
-        float gradient = row.scale * to_float(p.element[i]) * (to_float(g.element[i]) - dot);
-        if (scores) {
+    for (int i = 0; i < kSize; ++i) gradient[i] = row.scale * to_float(p.element[i]) * (to_float(g.element[i]) - dot);
+    if (scores) {
+        Pack<T> raw;
+        load(raw, scores, at, row.seen);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
             const float bent = tanhf(row.scale * to_float(raw.element[i]) / row.softcap);
-            gradient *= 1.0f - bent * bent;
+            gradient[i] *= 1.0f - bent * bent;
         }
-        result.element[i] = from_float<T>(gradient);
     }
+    Pack<T> result;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) result.element[i] = from_float<T>(gradient[i]);
     return result;
 }
 
@@ -199,7 +211,7 @@ __device__ float dot_of(const Row<T>& row, const Pack<T>& p, const Pack<T>& g, i
     float dot = 0.0f;
 #pragma unroll
     for (int i = 0; i < Pack<T>::kSize; ++i)
-        if (at + i >= row.seen.begin && at + i < row.seen.end) dot += to_float(p.element[i]) * to_float(g.element[i]);
+        if (row.spans(at + i)) dot += to_float(p.element[i]) * to_float(g.element[i]);
     return dot;
 }
 
@@ -281,13 +293,13 @@ int packs_a_lane(const Mask& mask, const void* rows) {
     const std::int64_t seen = (mask.window ? std::min(mask.window, mask.keys) : mask.keys) + kSize - 1;
     const std::int64_t elements = is_aligned ? std::min(seen, mask.keys) : seen;
     int packs = 1;
-    while (packs * kLanes * kSize < std::min<std::int64_t>(elements, kWarpKeys)) packs *= 2;
-    return elements <= kWarpKeys ? packs : 0;
+    while (packs <= kMostPacks && packs * kLanes * kSize < elements) packs *= 2;
+    return packs <= kMostPacks ? packs : 0;
 }
 
-// Launches a kernel for every row: one of `of_warp`, for 1, 2, 4, 8 or 16 packs a lane, or `of_block` for 0.
+// Launches a kernel for every row: one of `of_warp`, for 1, 2, 4 or 8 packs a lane, or `of_block` for 0.
 template <typename Kernel, typename... Arguments>
-int launch_rows(int packs, const Kernel (&of_warp)[5], Kernel of_block, const Mask& mask, std::intptr_t executor,
+int launch_rows(int packs, const Kernel (&of_warp)[4], Kernel of_block, const Mask& mask, std::intptr_t executor,
                 const Arguments&... arguments) {
     const std::int64_t rows = mask.rows();
     if (mask.keys > kLongestRow) return INVALID;
@@ -299,15 +311,11 @@ int launch_rows(int packs, const Kernel (&of_warp)[5], Kernel of_block, const Ma
     return launch(of_warp[power], blocks, 1, dim3(kLanes, kWarpRows), executor, mask, arguments...);
 }
 
-// As many packs as make kWarpKeys elements; what is never asked for is not compiled.
-template <typename T>
-constexpr int kMostPacks = kWarpKeys / kLanes / Pack<T>::kSize;
-
 template <typename T>
 int forward(const Mask& mask, const void* scores, void* probabilities, Statistics statistics, std::intptr_t executor) {
     using Kernel = void (*)(Mask, const T*, T*, Statistics);
-    constexpr Kernel kOfWarp[] = {warp_forward<T, 1>, warp_forward<T, 2>, warp_forward<T, 4>, warp_forward<T, 8>,
-                                  warp_forward<T, kMostPacks<T>>};
+    constexpr Kernel kOfWarp[] = {warp_forward<T, 1>, warp_forward<T, 2>, warp_forward<T, 4>,
+                                  warp_forward<T, kMostPacks>};
     return launch_rows(packs_a_lane<T>(mask, scores), kOfWarp, &block_forward<T>, mask, executor,
                        static_cast<const T*>(scores), static_cast<T*>(probabilities), statistics);
 }
@@ -315,8 +323,8 @@ int forward(const Mask& mask, const void* scores, void* probabilities, Statistic
 template <typename T>
 int backward(const Mask& mask, const Gradients<T>& gradients, std::intptr_t executor) {
     using Kernel = void (*)(Mask, Gradients<T>);
-    constexpr Kernel kOfWarp[] = {warp_backward<T, 1>, warp_backward<T, 2>, warp_backward<T, 4>, warp_backward<T, 8>,
-                                  warp_backward<T, kMostPacks<T>>};
+    constexpr Kernel kOfWarp[] = {warp_backward<T, 1>, warp_backward<T, 2>, warp_backward<T, 4>,
+                                  warp_backward<T, kMostPacks>};
     return launch_rows(packs_a_lane<T>(mask, gradients.probabilities), kOfWarp, &block_backward<T>, mask, executor,
                        gradients);
 }

@@ -121,10 +121,9 @@ def check(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_template_is_reached_and_right(kernels: tuple[ctypes.CDLL, str], device: str, dtype: torch.dtype) -> None:
-    packs = 4 if dtype == torch.float32 else 8
-    lengths = [n for n in (128, 256, 512, 1024, 2048) if n >= 32 * packs]
+    pack = 4 if dtype == torch.float32 else 8
     seen = []
-    for length in [*lengths, 4096]:
+    for length in [*(32 * pack * packs for packs in (1, 2, 4, 8)), 32 * pack * 8 + 1]:
         check(device, (1, 1, 2, length), dtype, "causal")
         if device == "cpu":
             seen.append(kernels[0].cuda_emulation_last_kernel())
@@ -149,7 +148,7 @@ def test_short_rows_and_more_queries_than_keys(device: str, shape: tuple[int, in
         check(device, shape, torch.float16, mask)
 
 
-@pytest.mark.parametrize("keys", [77, 255, 2041, 2049])
+@pytest.mark.parametrize("keys", [77, 255, 1023, 2041, 2049])
 @pytest.mark.parametrize("offsets", [(0, 1), (1, 0), (3, 3), (2, 5)])
 def test_any_alignment_of_inputs_and_results(
     kernels: tuple[ctypes.CDLL, str], device: str, offsets: tuple[int, int], keys: int
