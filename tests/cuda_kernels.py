@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,24 @@ def build_emulated(output: Path, *sources: Path) -> Path:
 
 def emulated_softmax(output: Path) -> ctypes.CDLL:
     """csrc/fused_softmax's kernels, emulated, with the signatures of the real library."""
-    library = ctypes.CDLL(str(build_emulated(output, *sorted(SOURCES.glob("*.cu")))))
+    library = bind(ctypes.CDLL(str(build_emulated(output, *sorted(SOURCES.glob("*.cu"))))))
+    library.cuda_emulation_last_kernel.restype = ctypes.c_void_p
+    return library
+
+
+def bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types that its functions take."""
     for name, arguments in native._SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [*arguments, ctypes.c_ssize_t], ctypes.c_int
-    library.cuda_emulation_last_kernel.restype = ctypes.c_void_p
     return library
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler, where setup.py looks for it."""
+    home = f"{os.environ.get('CUDA_HOME', '')}/bin/nvcc"
+    found = (path for path in (home, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc") if path)
+    return next((path for path in found if os.access(path, os.X_OK)), None)
 
 
 class Guarded:

@@ -146,7 +146,7 @@ def forward(
     lse, largest, entropy = _row_results(scores, settings, statistics)
     scores = scores.contiguous()
     probabilities = scores if in_place else torch.empty_like(scores)
-    if scores.numel():
+    if scores.shape[:-1].numel():
         with_mask("megalm_softmax_forward", scores, settings, scores, probabilities, lse, largest, entropy)
     return probabilities, lse, largest, entropy
 
@@ -163,7 +163,7 @@ def backward(
     capped = scores.contiguous() if settings.softcap else None
     grad_scores = grad if in_place else torch.empty_like(grad)
     grad_sink = lse.new_empty(0) if settings.sinks is None else torch.empty_like(lse)
-    if grad.numel():
+    if grad.shape[:-1].numel():
         arguments = (grad, probabilities, capped, lse, grad_scores, grad_sink)
         with_mask("megalm_softmax_backward", grad, settings, *arguments)
     return grad_scores, grad_sink
