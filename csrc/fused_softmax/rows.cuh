@@ -121,7 +121,8 @@ __device__ inline float warp_sum(float x) {
     return x;
 }
 
-// A sum over the threads of a block, whole warps all; every thread gets it.
+// A sum over the threads of a block, whole warps all; every thread gets it. A kernel calls it once: a second call would
+// need a barrier before it, behind which the values of the first have been read.
 template <int THREADS>
 __device__ float block_sum(float x) {
     constexpr int kWarps = THREADS / kLanes;
@@ -129,7 +130,6 @@ __device__ float block_sum(float x) {
     __shared__ float of_warp[kWarps];
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     x = warp_sum(x);
-    __syncthreads();  // the values of an earlier call have been read
     if (lane == 0) of_warp[warp] = x;
     __syncthreads();
     return warp_sum(lane < kWarps ? of_warp[lane] : 0.0f);
@@ -172,6 +172,7 @@ __device__ inline Online warp_merge(Online x) {
     return x;
 }
 
+// The same of largest values and sums; a kernel calls it once, too.
 template <int THREADS>
 __device__ Online block_merge(Online x) {
     constexpr int kWarps = THREADS / kLanes;
@@ -179,7 +180,6 @@ __device__ Online block_merge(Online x) {
     __shared__ float largest_of_warp[kWarps], sum_of_warp[kWarps];
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     x = warp_merge(x);
-    __syncthreads();  // the values of an earlier call have been read
     if (lane == 0) {
         largest_of_warp[warp] = x.largest;
         sum_of_warp[warp] = x.sum;
