@@ -1,6 +1,8 @@
 // The CPU's side of softmax.h: takes the kernels of the best instruction set, and shares the rows between threads.
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -13,13 +15,18 @@ namespace {
 constexpr std::int64_t PIECE = 1 << 15;  // elements a thread takes at a time: some microseconds
 constexpr std::int64_t PADDING = 64;     // floats: a vector's tail, and the alignment
 
+// The best that the machine has, and that ATEN_CPU_CAPABILITY, which limits torch's own kernels, too, allows.
 const Kernels& kernels() {
 #if defined(__x86_64__)
-    static const Kernels& best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-                                     ? avx512_kernels
-                                 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2_kernels
-                                                                                                    : portable_kernels;
+    static const Kernels& best = []() -> const Kernels& {
+        const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+        const bool old = limit && !std::strcmp(limit, "default"), avx2 = limit && !std::strcmp(limit, "avx2");
+        if (old || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return portable_kernels;
+        if (avx2 || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+            !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+            return avx2_kernels;
+        return avx512_kernels;
+    }();
     return best;
 #else
     return portable_kernels;

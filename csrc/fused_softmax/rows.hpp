@@ -45,6 +45,14 @@ INLINE float scaled(const Mask& mask, const T* scores, std::int64_t n, const std
     return largest_of(largest);
 }
 
+// NaN if there is one among the first n of `s`, else -infinity. Vectors' maxima pass over a NaN, so that a row of
+// nothing else seems to be hidden.
+INLINE float nan_or_nothing(const float* s, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; i++)
+        if (s[i] != s[i]) return s[i];
+    return NOTHING;
+}
+
 template <class T>
 void softmax_forward(const SoftmaxForward& call, std::int64_t first, std::int64_t last, float* scratch) {
     const Mask& mask = call.mask;
@@ -62,9 +70,10 @@ void softmax_forward(const SoftmaxForward& call, std::int64_t first, std::int64_
                                  : padding || allowed ? scaled<false, true, T>
                                                       : scaled<false, false, T>;
             largest = prepare(mask, scores, n, padding, allowed, scratch);
+            if (largest == NOTHING) largest = nan_or_nothing(scratch, n);
         }
         const float sink = mask.sinks ? mask.sinks[mask.head_of(row)] : NOTHING;
-        const float top = sink > largest ? sink : largest;
+        const float top = sink > largest ? sink : largest;  // NaN stays
         float sum = 0, lse = NOTHING, entropy = 0;
         if (top == NOTHING) {
             clear(probabilities, 0, mask.keys);
@@ -87,6 +96,7 @@ void softmax_forward(const SoftmaxForward& call, std::int64_t first, std::int64_
                 });
             const float sink_share = mask.sinks ? exp(all(sink - top))[0] : 0;
             sum = sum_of(sums) + sink_share;
+            if (sum != sum) largest = sum;
             const float inverse = 1 / sum, log_sum = __builtin_logf(sum);
             lse = top + log_sum;
             entropy = log_sum - (sum_of(weighted) + (sink_share > 0 ? sink_share * (sink - top) : 0)) * inverse;
@@ -166,8 +176,10 @@ void statistics(const CrossEntropyStatistics& call, std::int64_t first, std::int
                 (void)count;
             });
         }
-        call.largest[row] = top, call.exponentials[row] = sum_of(exponentials), call.target[row] = target;
-        if (call.sum) call.sum[row] = sum_of(sums);
+        const float sum = sum_of(sums);  // NaN as soon as a logit is, also where the chunk's maximum passed over it
+        call.largest[row] = top, call.exponentials[row] = sum != sum ? sum : sum_of(exponentials);
+        call.target[row] = target;
+        if (call.sum) call.sum[row] = sum;
     }
 }
 

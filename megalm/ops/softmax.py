@@ -221,7 +221,7 @@ def _reference_forward(scores: Tensor, settings: Settings) -> tuple[Tensor, Tens
     p_terms = (terms - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
     entropy = torch.special.entr(p_terms).sum(-1)
     largest = s.amax(-1) if K else s.new_full((B, H, Q), -math.inf)
-    return p_terms[..., :K].to(scores.dtype), lse, largest, entropy
+    return p_terms[..., :K].contiguous().to(scores.dtype), lse, largest, entropy
 
 
 def _reference_backward(

@@ -180,10 +180,11 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_out: Tensor, *_):  # type: ignore[no-untyped-def]
-    sinks = ctx.saved_tensors[-1]
+    saved = ctx.saved_tensors  # once: with recomputation they are gone then
     *grads, grad_sinks_H = torch.ops.megalm.softmax_attention_backward(
-        grad_out.contiguous(), *ctx.saved_tensors, ctx.window, ctx.softcap
+        grad_out.contiguous(), *saved, ctx.window, ctx.softcap
     )
+    sinks = saved[-1]
     return *grads, None, None if sinks is None else grad_sinks_H.to(sinks.dtype), None, None, None
 
 

@@ -23,6 +23,7 @@ VARIANTS = {
         "ffn_bias": True,
     },
     "capped": {"sliding_window": 9, "attention_softcap": 20.0, "logit_softcap": 10.0, "z_loss": 1e-4},
+    "sinks": {"attention": "fused_softmax", "attention_sinks": True, "sliding_window": 9},
 }  # fmt: skip
 
 
