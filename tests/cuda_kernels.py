@@ -98,7 +98,8 @@ class Expected:
     grad_scores: Tensor
     grad_sink: Tensor | None
     grad_size: Tensor
-    """Of the terms whose differences the gradients of the scores are: what they are rounded to is relative to these."""
+    sink_size: Tensor
+    """Of the terms whose differences the two gradients are: what they are rounded to is relative to these."""
 
 
 def visible(shape: torch.Size, settings: Settings) -> Tensor:
@@ -146,4 +147,5 @@ def expected(scores: Tensor, grad: Tensor, settings: Settings) -> Expected:
         grad_scores,
         None if settings.sinks is None else grad_sink[..., 0],
         settings.scale * (grads.abs() + p[..., :-1] * grads.abs().sum(-1, keepdim=True)),
+        p[..., -1] * grads.abs().sum(-1),
     )

@@ -108,7 +108,7 @@ def assert_equal(results: Results, wanted: Expected, dtype: torch.dtype) -> None
     assert error_of(results.largest, wanted.largest) < 1e-6
     assert error_of(results.entropy, wanted.entropy, wanted.entropy.abs().clamp(min=1)) < 2e-6
     if wanted.grad_sink is not None:
-        assert error_of(results.grad_sink, wanted.grad_sink, wanted.grad_size) < 2 * tolerance
+        assert error_of(results.grad_sink, wanted.grad_sink, wanted.sink_size) < 2 * tolerance
 
 
 def check(
