@@ -3,7 +3,6 @@
 //
 // A vocabulary is long, so one block has a row. The gradient needs nothing of its neighbours: a row is cut into pieces
 // besides, so that few tokens with a large vocabulary still fill the machine.
-#include <algorithm>
 #include <type_traits>
 
 #include "rows.cuh"
@@ -78,8 +77,8 @@ __global__ void __launch_bounds__(kGradientThreads)
         load(pack, from, at, all);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-            const float logit = to_float(pack.element[j]), bent = given.softcap != 0.0f ? tanhf(logit / given.softcap) : 0.0f;
-            const float z = given.softcap != 0.0f ? given.softcap * bent : logit;
+            const float z = capped(to_float(pack.element[j]), given.softcap);
+            const float bent = given.softcap != 0.0f ? z / given.softcap : 0.0f;
             const float hit = at + j == target ? given.hit : 0.0f;
             const float gradient = weight * (expf(z - lse) * factor - hit - given.spread) * (1.0f - bent * bent);
             pack.element[j] = from_float<T>(weight == 0.0f ? 0.0f : gradient);
@@ -99,8 +98,8 @@ int megalm_cross_entropy_statistics(std::int64_t rows, std::int64_t columns, int
         if (columns > megalm::kLongestRow) return megalm::INVALID;
         if (rows == 0) return cudaSuccess;
         const megalm::Statistics to{largest, exponentials, target, sum};
-        return megalm::launch(&megalm::row_statistics<T>, rows, 1, dim3(megalm::kStatisticsThreads), executor, static_cast<int>(columns),
-                              static_cast<const T*>(logits), targets, softcap, to);
+        return megalm::launch(&megalm::row_statistics<T>, rows, 1, dim3(megalm::kStatisticsThreads), executor,
+                              static_cast<int>(columns), static_cast<const T*>(logits), targets, softcap, to);
     });
 }
 
@@ -115,7 +114,7 @@ int megalm_cross_entropy_backward(std::int64_t rows, std::int64_t columns, int d
         const std::int64_t elements = columns + kSize - 1;  // a row may start within a pack
         const megalm::Gradient given{targets, lse, weight, softcap, z_loss, hit, spread};
         return megalm::launch(&megalm::logit_gradients<T>, rows, (elements + kPiece - 1) / kPiece,
-                              dim3(megalm::kGradientThreads), executor, static_cast<int>(columns), static_cast<const T*>(logits), given,
-                              static_cast<T*>(grad_logits));
+                              dim3(megalm::kGradientThreads), executor, static_cast<int>(columns),
+                              static_cast<const T*>(logits), given, static_cast<T*>(grad_logits));
     });
 }

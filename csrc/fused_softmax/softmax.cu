@@ -74,8 +74,8 @@ struct Row {
 struct Statistics {
     float *lse, *largest, *entropy;
 
-    // With d = s - base: the denominator is `sum` = sum of exp(d), the sink's included, and `weighted` = sum of d exp(d)
-    // over the keys; so the entropy, - sum of p log p, is log(sum) - weighted / sum.
+    // With d = s - base: the denominator is `sum` = sum of exp(d), the sink's included, and `weighted` the sum of
+    // d exp(d) over the keys; so the entropy, - sum of p log p, is log(sum) - weighted / sum.
     __device__ void write(std::int64_t row, float most, float base, float sum, float weighted, float sink) const {
         if (lse) lse[row] = sum == 0.0f ? -INFINITY : base + logf(sum);
         if (largest) largest[row] = most;
@@ -91,7 +91,9 @@ __device__ inline float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / 
 __device__ inline float weighted(float exponential, float d) { return exponential == 0.0f ? 0.0f : exponential * d; }
 
 // No sink is one of -inf, whose exponential is 0.
-__device__ inline float sink_of(const Mask& mask, std::int64_t head) { return mask.sinks ? mask.sinks[head] : -INFINITY; }
+__device__ inline float sink_of(const Mask& mask, std::int64_t head) {
+    return mask.sinks ? mask.sinks[head] : -INFINITY;
+}
 
 template <typename T, int PACKS>
 __global__ void __launch_bounds__(kLanes* kWarpRows)
@@ -289,9 +291,9 @@ __global__ void __launch_bounds__(kThreads) block_backward(Mask mask, Gradients<
 template <typename T>
 int packs_a_lane(const Mask& mask, const void* rows) {
     constexpr int kSize = Pack<T>::kSize;
-    const bool is_aligned = reinterpret_cast<std::uintptr_t>(rows) % kPackBytes == 0 && mask.keys % kSize == 0;
+    const bool all_aligned = reinterpret_cast<std::uintptr_t>(rows) % kPackBytes == 0 && mask.keys % kSize == 0;
     const std::int64_t seen = (mask.window ? std::min(mask.window, mask.keys) : mask.keys) + kSize - 1;
-    const std::int64_t elements = is_aligned ? std::min(seen, mask.keys) : seen;
+    const std::int64_t elements = all_aligned ? std::min(seen, mask.keys) : seen;
     int packs = 1;
     while (packs <= kMostPacks && packs * kLanes * kSize < elements) packs *= 2;
     return packs <= kMostPacks ? packs : 0;

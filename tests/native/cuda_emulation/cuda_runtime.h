@@ -2,8 +2,8 @@
 //
 // A launch runs its blocks one after another, in one host thread. Each thread of a block is a fiber with a stack of its
 // own, so barriers, shuffles and votes are what they are on a GPU: a lane that reaches one stops there until the others
-// have come. In between, lanes run one at a time, in an order that `cuda_emulation_order` chooses (ascending, descending
-// or shuffled anew each round), so that what needs a barrier and has none gives another result in one of them.
+// have come. In between, lanes run one at a time, in an order that `cuda_emulation_order` chooses (ascending,
+// descending or shuffled anew each round), so that what needs a barrier and has none gives another result in one.
 //
 // What hardware leaves undefined ends the launch with cudaErrorLaunchFailure and a line on standard error: a warp's
 // lanes at different shuffles or with different masks, a lane outside its own mask, a barrier that some threads never
