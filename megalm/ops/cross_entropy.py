@@ -127,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logit_gradient_(z_CV, row_C, lse_C, weight_C, softcap or 0.0, z_loss, 1 - smoothing, spread)
             torch.mm(z_CV, w_VD, out=grad_x_TD[part])
             if product_VD is None:
-                grad_w_VD[:rows].addmm_(z_CV.t(), x_CD)
+                torch.addmm(grad_w_VD[:rows], z_CV.t(), x_CD, out=grad_w_VD[:rows])
             else:
                 grad_w_VD[:rows] += torch.mm(z_CV.t(), x_CD, out=product_VD)
         if wants_grad:

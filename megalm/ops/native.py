@@ -4,9 +4,9 @@
     on a GPU       the same                       _fused_softmax_cuda, where it was built
     anything else                                 none: the caller computes with torch
 
-They see raw pointers, sizes and an executor (csrc/fused_softmax/softmax.h), never torch's headers, so that an upgrade of
-torch asks for no rebuild. As with torch's own kernels, the environment's ATEN_CPU_CAPABILITY (`default`, `avx2`) keeps
-the CPU's to an older instruction set.
+They see raw pointers, sizes and an executor (csrc/fused_softmax/softmax.h), never torch's headers, so that an upgrade
+of torch asks for no rebuild. As with torch's own kernels, the environment's ATEN_CPU_CAPABILITY (`default`, `avx2`)
+keeps the CPU's to an older instruction set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import functools
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,11 +46,11 @@ class Mask(ctypes.Structure):
     )
 
 
-_SIGNATURES = {
-    "megalm_softmax_forward": [ctypes.POINTER(Mask), Int, *[Pointer] * 5],
-    "megalm_softmax_backward": [ctypes.POINTER(Mask), Int, *[Pointer] * 6],
-    "megalm_cross_entropy_statistics": [Long, Long, Int, Pointer, Pointer, Float, *[Pointer] * 4],
-    "megalm_cross_entropy_backward": [Long, Long, Int, *[Pointer] * 4, *[Float] * 4, Pointer],
+_SIGNATURES: dict[str, list[Any]] = {  # the mask's pointer is the first of a softmax's
+    "megalm_softmax_forward": [Pointer, Int] + 5 * [Pointer],
+    "megalm_softmax_backward": [Pointer, Int] + 6 * [Pointer],
+    "megalm_cross_entropy_statistics": [Long, Long, Int, Pointer, Pointer, Float] + 4 * [Pointer],
+    "megalm_cross_entropy_backward": [Long, Long, Int] + 4 * [Pointer] + 4 * [Float] + [Pointer],
 }
 
 

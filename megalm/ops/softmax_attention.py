@@ -158,7 +158,8 @@ def _softmax_attention_backward(
             gk_BNE[:, keys] += torch.bmm(gs_BXJ.transpose(1, 2), q_BXE)
         for whole, x_BRNE in zip(grads, (gq_BRNE, gk_BNE[:, None], gv_BNE[:, None]), strict=True):
             whole[tokens].view(count, N, *whole.shape[1:])[:] = _by_token(x_BRNE, count)
-    return *grads, grad_sinks_H
+    grad_q_THE, grad_k_TKE, grad_v_TKE = grads
+    return grad_q_THE, grad_k_TKE, grad_v_TKE, grad_sinks_H
 
 
 @_softmax_attention.register_fake

@@ -88,7 +88,7 @@ def test_without_gradients_none_is_computed() -> None:
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal products
-            products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+            products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.out)
             return func(*args, **(kwargs or {}))
 
     with Count(), torch.no_grad():

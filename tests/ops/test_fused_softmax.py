@@ -72,7 +72,7 @@ def distance(ours: Tensor, wanted: Tensor, size: float = 1e-2) -> float:
 @settings(max_examples=150, deadline=None)
 @given(case=cases(), dtype=st.sampled_from(list(TYPES)))
 @example((noise(1, 1, 1, 20_003), Visibility(), None, None), torch.float32)
-@example((noise(2, 1, 3, 5), Visibility(causal=True, allowed=torch.zeros(1, 1, 1, 5, dtype=torch.bool)), 3.0, None), torch.float32)  # fmt: skip
+@example((noise(2, 1, 3, 5), Visibility(allowed=mostly(0, 1, 1, 1, 5, seed=0)), 3.0, None), torch.float32)
 @example((noise(1, 2, 9, 4), Visibility(causal=True), None, noise(2)), torch.bfloat16)
 def test_every_mask_gives_what_the_definition_gives_in_float64(case, dtype: torch.dtype) -> None:
     scores, visible, softcap, sinks = case

@@ -4,8 +4,8 @@
     head      forward and backward of the output head and cross-entropy; the peer makes all logits at once
 
 Prints the best time of each and the ratio, and for the softmax the traffic it makes at the least (each way it reads
-what is visible and writes everything) as a share of the speed of a plain copy. For the head also the peak of memory, from
-the kernel's count of a process of its own for each. Run it on an idle machine.
+what is visible and writes everything) as a share of the speed of a plain copy. For the head also the peak of memory, as
+the system counts it for a process of its own. Run it on an idle machine.
 """
 
 from __future__ import annotations
