@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 import megalm
-from megalm.cli import config, curate, data, evaluate, generate, inspect, merge, plan, tokenizer, trace, train
+from megalm.cli import config, curate, data, env, evaluate, generate, inspect, merge, plan, tokenizer, trace, train
 from megalm.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("env")(env.env)
 
 
 def _print_version(wanted: bool) -> None:

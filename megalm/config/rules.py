@@ -59,6 +59,11 @@ def _model(model: Model, sequence_length: int) -> Iterator[str]:
     if head is None:
         yield from _must_divide("model.num_heads", heads, "model.hidden_size", width, ", or set model.head_dim")
     yield from _must_divide("model.num_kv_heads", model.num_kv_heads or heads, "model.num_heads", heads)
+    if model.attention_sinks and model.attention != "fused_softmax":
+        yield (
+            f"model.attention_sinks=true does not go with model.attention={model.attention}: choose "
+            "model.attention=fused_softmax, or leave out the sinks"
+        )
     if model.position == "rope" and head is not None and head % 2:
         yield f"model.head_dim={head} is odd, which rotary positions cannot be: choose {head + 1}"
     if model.position == "rope" and head is None and width % heads == 0 and width // heads % 2:

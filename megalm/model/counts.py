@@ -24,6 +24,7 @@ def parameter_count(model: Model, vocab_size: int) -> int:
 
     attention = width * (queries + 2 * keys) + queries * width
     attention += model.qkv_bias * (queries + 2 * keys) + model.attention_bias * width + model.qk_norm * 2 * head
+    attention += model.attention_sinks * model.num_heads
     feed_forward = width * inner + model.ffn_size * width + model.ffn_bias * (inner + width)
     positions = (model.max_positions or 0) * width if model.position == "learned" else 0
     embeddings = vocab_size * width * (1 if model.tie_embeddings else 2)

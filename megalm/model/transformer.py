@@ -28,6 +28,7 @@ from megalm.model.layers import LayerNorm, PositionEmbedding, RMSNorm
 from megalm.ops.attention import Segments, attention, attention_to_cache
 from megalm.ops.dropout import dropout, row_keys
 from megalm.ops.rotary import apply_rotary, llama3_scaled, rotary_frequencies, rotary_tables
+from megalm.ops.softmax_attention import softmax_attention, softmax_attention_to_cache
 from megalm.parallel.part import Part
 from megalm.parallel.tensor.axis import TensorParallel
 from megalm.parallel.tensor.linear import ColumnLinear, RowLinear, column
@@ -93,6 +94,7 @@ KEPT = {  # by selective recomputation: what is slow to compute or to send again
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.megalm.blocked_attention.default,
+    torch.ops.megalm.softmax_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops.megalm.scatter_sum.default,
@@ -129,6 +131,10 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(tp, self.head_dim, config.norm_eps, partial=True)
         self.output = RowLinear(tp, q_width, hidden, config.attention_bias)
         self.window, self.softcap = config.sliding_window, config.attention_softcap
+        self.fused_softmax, self.sinks = config.attention == "fused_softmax", None
+        if config.attention_sinks:
+            self.parts = {"sinks": tp.part((config.num_heads,), 0)}
+            self.sinks = nn.Parameter(torch.empty(self.parts["sinks"].size))
 
     def forward(self, x_RD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         projected = column(x_RD, [self.query, self.key, self.value], self.tp)
@@ -137,10 +143,13 @@ class Attention(nn.Module):
             q_THE, k_TKE = self.query_norm(q_THE), self.key_norm(k_TKE)
         if context.rotary is not None:
             q_THE, k_TKE = apply_rotary(q_THE, context.rotary), apply_rotary(k_TKE, context.rotary)
+        options = (self.window, self.softcap, self.sinks) if self.fused_softmax else (self.window, self.softcap)
         if cache is None:
-            out_THE = attention(q_THE, k_TKE, v_TKE, context.segments, self.window, self.softcap)
+            attend = softmax_attention if self.fused_softmax else attention
+            out_THE = attend(q_THE, k_TKE, v_TKE, context.segments, *options)
         else:
-            out_THE = attention_to_cache(q_THE, *cache.append(k_TKE, v_TKE), self.window, self.softcap)
+            attend_to = softmax_attention_to_cache if self.fused_softmax else attention_to_cache
+            out_THE = attend_to(q_THE, *cache.append(k_TKE, v_TKE), *options)
         return self.output(out_THE.flatten(1))
 
 

@@ -25,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SLICE_LOGITS = 1 << 22  # logits of a slice: some megabytes, which stay in a CPU's last-level cache
+from megalm.ops.logits import logit_gradient_, logit_statistics
+
+SLICE_LOGITS = 1 << 23  # logits of a slice: some megabytes, which stay in a CPU's last-level cache
 GPU_SLICE_LOGITS = 1 << 27  # half a gigabyte in float32: thin slices would spend their time on adding up W's gradient
-MIN_SLICE = 256  # tokens; fewer would make the matrix products thin
+MIN_SLICE = 512  # tokens; with fewer, adding up the slices' gradients of W would take as long as computing them
 
 
 @dataclass(frozen=True)
@@ -98,51 +100,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_x_TD = torch.empty_like(x_TD)
             # Slices add up in a wide type.
             grad_w_VD = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+            product_VD = None if grad_w_VD.dtype == x_TD.dtype else torch.empty_like(w_VD)
         objective, cross_entropy = x_TD.new_zeros(2, dtype=wide)
         # The same slices on all ranks: the padded height is the same.
         tokens = max(MIN_SLICE, (GPU_SLICE_LOGITS if x_TD.is_cuda else SLICE_LOGITS) // len(weight_VD))
         for start in range(0, len(x_TD), tokens):
             part = slice(start, start + tokens)
-            x_CD, counted_C, row_C1 = x_TD[part], counted_T[part], labels_T[part, None]
+            x_CD, counted_C, row_C = x_TD[part], counted_T[part], labels_T[part]
+            if shard is not None:
+                row_C = row_C - shard.first
             z_CV = F.linear(x_CD, w_VD)
-            if softcap is not None:
-                z_CV = softcap * torch.tanh(z_CV / softcap)
-            p_CV = torch.softmax(z_CV, -1, dtype=wide)
-            hit = p_CV.new_full((), smoothing - 1).expand_as(row_C1)
+            largest_C, exponentials_C, target_C, sum_C = logit_statistics(z_CV, row_C, softcap or 0.0, smoothing > 0)
+            lse_C = largest_C + exponentials_C.log()
             if shard is not None:
-                row_C1 = row_C1 - shard.first
-                mine_C1 = (row_C1 >= 0) & (row_C1 < rows)
-                row_C1, hit = row_C1.where(mine_C1, 0), hit * mine_C1
-            # lse by way of the largest logit, whose probability cannot underflow.
-            lse_C = z_CV.amax(-1).to(wide) - p_CV.amax(-1).log()
-            target_C = z_CV.gather(1, row_C1)[:, 0].to(wide)
-            sum_C = z_CV.sum(-1, dtype=wide) if smoothing else None
-            factor_C = None
-            if shard is not None:
-                own_C = lse_C
-                lse_C, target_C, sum_C = _of_all_ranks(shard, lse_C, target_C.where(mine_C1[:, 0], 0), sum_C)
-                factor_C = (own_C - lse_C).exp()
+                lse_C, target_C, sum_C = _of_all_ranks(shard, lse_C, target_C, sum_C if smoothing else None)
             nats_C = lse_C - target_C
             loss_C = nats_C + z_loss * lse_C**2
-            if sum_C is not None:
+            if smoothing:
                 loss_C += smoothing * (target_C - sum_C / vocabulary)
             cross_entropy += nats_C.where(counted_C, 0).sum()
             objective += loss_C.where(counted_C, 0).sum()
             if not wants_grad:
                 continue
-            if z_loss:
-                factor_C = (1 if factor_C is None else factor_C) * (1 + 2 * z_loss * lse_C)
-            if factor_C is not None:
-                p_CV *= factor_C[:, None]
-            p_CV.scatter_add_(1, row_C1, hit)
-            if smoothing:
-                p_CV -= smoothing / vocabulary
-            p_CV *= scale * counted_C[:, None]
-            grad_z_CV = p_CV.to(x_TD.dtype)
-            if softcap is not None:
-                grad_z_CV *= 1 - (z_CV / softcap) ** 2
-            torch.mm(grad_z_CV, w_VD, out=grad_x_TD[part])
-            grad_w_VD[:rows] += torch.mm(grad_z_CV.t(), x_CD)
+            weight_C = scale * counted_C.to(wide)
+            spread = smoothing / vocabulary
+            logit_gradient_(z_CV, row_C, lse_C, weight_C, softcap or 0.0, z_loss, 1 - smoothing, spread)
+            torch.mm(z_CV, w_VD, out=grad_x_TD[part])
+            if product_VD is None:
+                torch.addmm(grad_w_VD[:rows], z_CV.t(), x_CD, out=grad_w_VD[:rows])
+            else:
+                grad_w_VD[:rows] += torch.mm(z_CV.t(), x_CD, out=product_VD)
         if wants_grad:
             ctx.save_for_backward(grad_x_TD, grad_w_VD)
             ctx.weight_dtype = weight_VD.dtype

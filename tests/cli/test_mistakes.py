@@ -136,6 +136,7 @@ OVERRIDES = [
     # rules between keys
     ("model.num_heads=6", "model.num_heads=6 does not divide model.hidden_size=128: choose 1, 2, 4,"),
     ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=8: choose 1, 2, 4 or 8"),
+    ("model.attention_sinks=true", "choose model.attention=fused_softmax, or leave out the sinks"),
     ("model.head_dim=17", "model.head_dim=17 is odd, which rotary positions cannot be: choose 18"),
     ("model.hidden_size=120", "gives heads of 15, odd, which rotary positions cannot be: set model.head_dim=16"),
     (

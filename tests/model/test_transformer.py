@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalm.config.sections import Model
-from megalm.model.counts import seen_pairs, training_flops
+from megalm.model.counts import parameter_count, seen_pairs, training_flops
 from megalm.model.init import initialise, normal_rows
 from megalm.model.transformer import ModelInputs, Transformer
 from megalm.ops.attention import reference_attention
@@ -23,6 +23,7 @@ VARIANTS = {
         "ffn_bias": True,
     },
     "capped": {"sliding_window": 9, "attention_softcap": 20.0, "logit_softcap": 10.0, "z_loss": 1e-4},
+    "sinks": {"attention": "fused_softmax", "attention_sinks": True, "sliding_window": 9},
 }  # fmt: skip
 
 
@@ -132,6 +133,31 @@ def test_attentions_settings_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(configured, build().hidden(*batch), rtol=1e-9, atol=1e-11)
 
 
+def test_attention_by_our_softmax_is_attention_and_its_sinks_are_not() -> None:
+    batch = documents([40, 24])
+    for options in ({"sliding_window": 9}, {"attention_softcap": 0.1}):
+        results = []
+        for path in ("auto", "fused_softmax"):
+            model = build(attention=path, **options)
+            objective, _ = model(batch)
+            objective.backward()
+            results.append([objective, *(p.grad for p in model.parameters())])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    model = build(attention="fused_softmax", attention_sinks=True)
+    sinking = model.hidden(*batch[:3])
+    assert not torch.allclose(sinking, build().hidden(*batch[:3]), rtol=1e-6)
+    for block in model.layers.values():
+        torch.nn.init.constant_(block.attention.sinks, -torch.inf)
+    torch.testing.assert_close(model.hidden(*batch[:3]), build().hidden(*batch[:3]), rtol=1e-9, atol=1e-11)
+
+
+def test_a_models_parameters_are_as_many_as_counted() -> None:
+    for changes in VARIANTS.values():
+        model = build(**changes)
+        assert sum(p.numel() for p in model.parameters()) == parameter_count(model.config, 97)
+
+
 def test_what_writes_to_the_residual_stream_starts_smaller() -> None:
     model = build(hidden_size=256, ffn_size=512, head_dim=64, num_layers=8, init_std=0.5)
     for name, parameter in model.named_parameters():
@@ -157,6 +183,7 @@ def test_initial_weights_depend_on_seed_name_and_global_index_only() -> None:
 def test_counted_operations_equal_what_torch_counts(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The dense definition of attention, since torch's counter does not see into our operator.
     monkeypatch.setattr("megalm.model.transformer.attention", reference_attention)
+    monkeypatch.setattr("megalm.model.transformer.softmax_attention", lambda *args: reference_attention(*args[:-1]))
     model = build(torch.float32, **VARIANTS[variant])
     with FlopCounterMode(display=False) as counter:
         model(documents([64]))[0].backward()

@@ -16,6 +16,7 @@ CASES = {
     "gpt, tied": Case(GPT),
     "gpt without sequence sharding, one key/value head": Case({**GPT, "num_kv_heads": 1}, sequence=False),
     "all of the loss": Case({"z_loss": 1e-2, "logit_softcap": 8.0, "label_smoothing": 0.1, "vocab_size": 99}),
+    "sinks": Case({"attention": "fused_softmax", "attention_sinks": True}),
     "dropout": Case({"dropout": 0.2, "tie_embeddings": True}),
     "dropout without sequence sharding": Case({**GPT, "dropout": 0.2}, sequence=False),
     "recomputed": Case({"dropout": 0.1}, recompute="full"),
