@@ -7,6 +7,7 @@ compiler and nothing else, and an upgrade of torch never asks for a rebuild.
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -16,6 +17,15 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+
+
+# Flags of single files, whose code runs only where the processor has the instructions: see csrc/attention/dispatch.cpp.
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
+FILE_FLAGS = {
+    "csrc/attention/avx512.cpp": AVX512,
+    "csrc/attention/avx512_bf16.cpp": f"{AVX512} -mavx512bf16",
+    "csrc/attention/amx.cpp": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+}
 
 
 def native(name: str, folder: str) -> Extension:
@@ -42,12 +52,14 @@ class NinjaBuild(build_ext):
             ninja.variable("cxx", os.environ.get("CXX", "c++"))
             ninja.variable("cxxflags", " ".join(flags) + " " + os.environ.get("CXXFLAGS", ""))
             ninja.variable("ldflags", os.environ.get("LDFLAGS", ""))
-            ninja.rule("compile", "$cxx $cxxflags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+            ninja.rule("compile", "$cxx $cxxflags $fileflags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             ninja.rule("link", "$cxx -shared $in -o $out $ldflags")
-            objects = {f"{Path(source).stem}.o": str((ROOT / source).resolve()) for source in ext.sources}
-            for target, source in objects.items():
-                ninja.build([target], "compile", [source])
-            ninja.build([str(output)], "link", list(objects))
+            objects = []
+            for source in ext.sources:
+                objects.append(f"{Path(source).stem}.o")
+                flags_of = FILE_FLAGS.get(source, "") if platform.machine() in ("x86_64", "AMD64") else ""
+                ninja.build(objects[-1:], "compile", [str((ROOT / source).resolve())], variables={"fileflags": flags_of})
+            ninja.build([str(output)], "link", objects)
             ninja.default(str(output))
         subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(work)], check=True)
 
@@ -61,7 +73,11 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megalm", "megalm.*"]),
     package_data={"megalm": ["py.typed", "*.pyi"]},
-    ext_modules=[native("megalm._indexed_dataset", "indexed_dataset"), native("megalm._order", "order")],
+    ext_modules=[
+        native("megalm._attention", "attention"),
+        native("megalm._indexed_dataset", "indexed_dataset"),
+        native("megalm._order", "order"),
+    ],
     cmdclass={"build_ext": NinjaBuild},
     entry_points={"console_scripts": ["megalm = megalm.cli:main"]},
     install_requires=[
