@@ -52,13 +52,17 @@ class NinjaBuild(build_ext):
             ninja.variable("cxx", os.environ.get("CXX", "c++"))
             ninja.variable("cxxflags", " ".join(flags) + " " + os.environ.get("CXXFLAGS", ""))
             ninja.variable("ldflags", os.environ.get("LDFLAGS", ""))
-            ninja.rule("compile", "$cxx $cxxflags $fileflags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+            ninja.rule(
+                "compile", "$cxx $cxxflags $fileflags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc"
+            )
             ninja.rule("link", "$cxx -shared $in -o $out $ldflags")
             objects = []
             for source in ext.sources:
                 objects.append(f"{Path(source).stem}.o")
                 flags_of = FILE_FLAGS.get(source, "") if platform.machine() in ("x86_64", "AMD64") else ""
-                ninja.build(objects[-1:], "compile", [str((ROOT / source).resolve())], variables={"fileflags": flags_of})
+                ninja.build(
+                    objects[-1:], "compile", [str((ROOT / source).resolve())], variables={"fileflags": flags_of}
+                )
             ninja.build([str(output)], "link", objects)
             ninja.default(str(output))
         subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(work)], check=True)

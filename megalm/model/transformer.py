@@ -93,6 +93,7 @@ KEPT = {  # by selective recomputation: what is slow to compute or to send again
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.megalm.blocked_attention.default,
+    torch.ops.megalm.cpu_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_reduce.default,

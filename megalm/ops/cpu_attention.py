@@ -9,8 +9,6 @@ Shapes: T tokens, H query heads, K key/value heads, E head dim.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -19,14 +17,20 @@ from megalm import _attention
 WIDEST_HEAD = 256
 UNBOUNDED = 2**31 - 1  # the window of attention without one
 
+# For each type that the processor has kernels for. A constant, so that torch.compile can read it.
+FASTEST = {
+    dtype: names[0]
+    for dtype, names in (
+        (torch.float32, _attention.kernels(bfloat16=False)),
+        (torch.bfloat16, _attention.kernels(bfloat16=True)),
+    )
+    if names
+}
 
-@functools.cache
+
 def kernels_for(dtype: torch.dtype, head_dim: int) -> str | None:
     """Name of the fastest kernels for tensors like these on this processor, or None."""
-    if dtype not in (torch.float32, torch.bfloat16) or head_dim % 16 or head_dim > WIDEST_HEAD:
-        return None
-    names = _attention.kernels(bfloat16=dtype == torch.bfloat16)
-    return names[0] if names else None
+    return FASTEST.get(dtype) if head_dim % 16 == 0 and head_dim <= WIDEST_HEAD else None
 
 
 def _shape(q_THE: Tensor, k_TKE: Tensor, segments: Tensor, window: int, softcap: float) -> _attention.Shape:
@@ -106,9 +110,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_out: Tensor, _):  # type: ignore[no-untyped-def]
-    grads = torch.ops.megalm.cpu_attention_backward(
-        grad_out, *ctx.saved_tensors, ctx.window, ctx.softcap, ctx.kernels
-    )
+    grads = torch.ops.megalm.cpu_attention_backward(grad_out, *ctx.saved_tensors, ctx.window, ctx.softcap, ctx.kernels)
     return *grads, None, None, None, None
 
 
