@@ -9,6 +9,7 @@ machine's GPUs, else for the common ones.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sysconfig
@@ -20,6 +21,15 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 COMMON_CUDA_ARCHS = ["80", "90", "100"]  # A100, H100 and H200, B200; newer GPUs compile what is there for the last
+
+
+# Flags of single files, whose code runs only where the processor has the instructions: see csrc/attention/dispatch.cpp.
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
+FILE_FLAGS = {
+    "csrc/attention/avx512.cpp": AVX512,
+    "csrc/attention/avx512_bf16.cpp": f"{AVX512} -mavx512bf16",
+    "csrc/attention/amx.cpp": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+}
 
 
 def native(name: str, folder: str, *flags: str) -> Extension:
@@ -108,12 +118,15 @@ class NinjaBuild(build_ext):
             ninja.variable("compiler", compiler)
             ninja.variable("compileflags", compile_flags)
             ninja.variable("linkflags", link_flags)
-            ninja.rule("compile", "$compiler $compileflags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+            command = "$compiler $compileflags $fileflags -MD -MF $out.d -c $in -o $out"
+            ninja.rule("compile", command, depfile="$out.d", deps="gcc")
             ninja.rule("link", "$compiler -shared $in -o $out $linkflags")
-            objects = {f"{Path(source).stem}.o": str((ROOT / source).resolve()) for source in ext.sources}
-            for target, source in objects.items():
-                ninja.build([target], "compile", [source])
-            ninja.build([str(output)], "link", list(objects))
+            objects = []
+            for source in ext.sources:
+                objects.append(f"{Path(source).stem}.o")
+                flags = FILE_FLAGS.get(source, "") if platform.machine() in ("x86_64", "AMD64") else ""
+                ninja.build(objects[-1:], "compile", [str((ROOT / source).resolve())], variables={"fileflags": flags})
+            ninja.build([str(output)], "link", objects)
             ninja.default(str(output))
         subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(work)], check=True)
 
@@ -128,6 +141,7 @@ setup(
     packages=find_packages(include=["megalm", "megalm.*"]),
     package_data={"megalm": ["py.typed", "*.pyi"]},
     ext_modules=[
+        native("megalm._attention", "attention"),
         native("megalm._indexed_dataset", "indexed_dataset"),
         native("megalm._order", "order"),
         native("megalm._fused_softmax_cpu", "fused_softmax", "-ffp-contract=fast"),  # no module: ctypes loads it

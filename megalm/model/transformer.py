@@ -95,6 +95,7 @@ KEPT = {  # by selective recomputation: what is slow to compute or to send again
     torch.ops.aten.addmm.default,
     torch.ops.megalm.blocked_attention.default,
     torch.ops.megalm.softmax_attention.default,
+    torch.ops.megalm.cpu_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops.megalm.scatter_sum.default,
