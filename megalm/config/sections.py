@@ -108,8 +108,9 @@ class Model(Section):
     sliding_window: int | None = Field(default=None, gt=0)
     """A token sees this many tokens, itself included (Mistral); `None`: all before it."""
     attention: Literal["auto", "fused_softmax"] = "auto"
-    """How attention is computed: flash attention on GPUs that have it and products over blocks elsewhere (`auto`), or
-    two matrix products with our own softmax between (`fused_softmax`), which sinks need."""
+    """How attention is computed: flash attention on GPUs and our own kernels on CPUs that have the instructions, and
+    products over blocks elsewhere (`auto`), or two matrix products with our own softmax between (`fused_softmax`),
+    which sinks need."""
     attention_sinks: bool = False
     """A learned logit a head that takes its share of the attention and attends to nothing (gpt-oss; `fused_softmax`
     only)."""

@@ -22,8 +22,8 @@ def pipeline(schedule: str, size: int, **others: Any) -> dict[str, Any]:
 
 
 SOME = [
-    {"tensor": 2, "tensor_overlap": 2},
-    {"tensor": 4, "sequence_sharding": False},
+    {"tensor": 4, "tensor_overlap": 2},
+    {"tensor": 2, "sequence_sharding": False},
     {"data": 2, "zero": {"stage": 0}},
     {"data": 4, "zero": {"stage": 1, "shard": 2}},
     {"tensor": 2, "data": 2, "zero": {"stage": 2}},
