@@ -29,7 +29,7 @@ from megalm.ops.logits import logit_gradient_, logit_statistics
 
 SLICE_LOGITS = 1 << 23  # logits of a slice: some megabytes, which stay in a CPU's last-level cache
 GPU_SLICE_LOGITS = 1 << 27  # half a gigabyte in float32: thin slices would spend their time on adding up W's gradient
-MIN_SLICE = 512  # tokens; with fewer, adding up the slices' gradients of W would take as long as computing them
+MIN_SLICE = 384  # tokens; with fewer, adding up the slices' gradients of W would take as long as computing them
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 // Calls every function of the CPU library on memory of exactly the size that it may touch, which the address sanitizer
 // watches: each element type, lengths around those of vectors, each kind of mask. Prints the instruction set.
 #include <cstdio>
+#include <initializer_list>
 #include <memory>
 
 #include "softmax.h"

@@ -1,5 +1,5 @@
-"""The CPU kernels of csrc/fused_softmax, built once more with the address and undefined-behaviour sanitizers, and run by
-each instruction set of this machine on memory of exactly the size that they may touch."""
+"""The CPU kernels of csrc/fused_softmax, built once more with the address and undefined-behaviour sanitizers, and run
+by each instruction set of this machine on memory of exactly the size that they may touch."""
 
 from __future__ import annotations
 

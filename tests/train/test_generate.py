@@ -18,7 +18,7 @@ VARIANTS = {
     "qwen 3": {"qk_norm": True, "tie_embeddings": True},
     "gpt": {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned", "qkv_bias": True},
     "capped": {"sliding_window": 5, "attention_softcap": 20.0, "logit_softcap": 10.0},
-    "sinks": {"attention": "fused_softmax", "attention_sinks": True, "sliding_window": 5},
+    "sinks": {"attention": "fused_softmax", "attention_sinks": True, "qk_norm": True},
 }
 
 
