@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 import pybind11
 from setuptools import Extension, find_packages, setup
@@ -35,6 +36,17 @@ def native(name: str, folder: str) -> Extension:
 
 class NinjaBuild(build_ext):
     """Compiles each extension through one generated build.ninja: parallel, and only what changed."""
+
+    user_options: ClassVar = [*build_ext.user_options, ("only=", None, "the one extension to build")]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.only: str | None = None
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.only is not None:
+            self.extensions = [ext for ext in self.extensions if ext.name == self.only]
 
     def build_extension(self, ext: Extension) -> None:
         from ninja import BIN_DIR

@@ -29,7 +29,7 @@ struct BackwardSlot {
     BackwardSlot(Layout& layout, const Sizes& sizes) {
         Layout measure;
         QueryBlock(measure, sizes);
-        bytes = measure.bytes();
+        bytes = measure.next();
         const int count = blocks_of(sizes.longest, kBlock) * sizes.repeats;
         base = layout.take<char>(bytes * static_cast<std::size_t>(count));
     }
