@@ -12,8 +12,9 @@ namespace {
 struct Tiles : Bfloat16 {
     // 32 × 32 elements of c in tiles 0 to 3; a's two are 4 and 5, b's 6 and 7. The intrinsics do not tell the compiler
     // what memory they read, hence the barriers.
-    __attribute__((noinline)) static void multiply(const Word* a, std::ptrdiff_t a_row, const Word* b, std::ptrdiff_t b_row, float* c,
-                         std::ptrdiff_t c_row, int m, int n, int k, bool add) {
+    __attribute__((noinline)) static void multiply(const Word* a, std::ptrdiff_t a_row, const Word* b,
+                                                   std::ptrdiff_t b_row, float* c, std::ptrdiff_t c_row, int m,
+                                                   int n, int k, bool add) {
         const std::ptrdiff_t a_bytes = a_row * 4, b_bytes = b_row * 4, c_bytes = c_row * 4;
         asm volatile("" ::: "memory");
         for (int i = 0; i < m; i += kGroup) {

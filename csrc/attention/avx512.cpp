@@ -31,8 +31,9 @@ struct Float32 {
     static __m512 add(__m512 sum, __m512i a, __m512i b) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
     }
-    __attribute__((noinline)) static void multiply(const Word* a, std::ptrdiff_t a_row, const Word* b, std::ptrdiff_t b_row, float* c,
-                         std::ptrdiff_t c_row, int m, int n, int k, bool add) {
+    __attribute__((noinline)) static void multiply(const Word* a, std::ptrdiff_t a_row, const Word* b,
+                                                   std::ptrdiff_t b_row, float* c, std::ptrdiff_t c_row, int m,
+                                                   int n, int k, bool add) {
         multiply_in_registers<Float32>(a, a_row, b, b_row, c, c_row, m, n, k, add);
     }
     static void begin() {}

@@ -13,8 +13,9 @@ struct DotProducts : Bfloat16 {
     static __m512 add(__m512 sum, __m512i a, __m512i b) {
         return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     }
-    __attribute__((noinline)) static void multiply(const Word* a, std::ptrdiff_t a_row, const Word* b, std::ptrdiff_t b_row, float* c,
-                         std::ptrdiff_t c_row, int m, int n, int k, bool add) {
+    __attribute__((noinline)) static void multiply(const Word* a, std::ptrdiff_t a_row, const Word* b,
+                                                   std::ptrdiff_t b_row, float* c, std::ptrdiff_t c_row, int m,
+                                                   int n, int k, bool add) {
         multiply_in_registers<DotProducts>(a, a_row, b, b_row, c, c_row, m, n, k, add);
     }
     static void begin() {}

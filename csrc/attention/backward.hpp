@@ -1,4 +1,5 @@
-// The backward pass: a task is a block of keys, which blocks of queries of the unit's heads go past; blocks.hpp explains.
+// The backward pass: a task is a block of keys, which blocks of queries of the unit's heads go past; blocks.hpp
+// explains.
 
 #pragma once
 
@@ -29,7 +30,7 @@ struct BackwardSlot {
     BackwardSlot(Layout& layout, const Sizes& sizes) {
         Layout measure;
         QueryBlock(measure, sizes);
-        bytes = measure.bytes();
+        bytes = measure.next();
         const int count = blocks_of(sizes.longest, kBlock) * sizes.repeats;
         base = layout.take<char>(bytes * static_cast<std::size_t>(count));
     }
@@ -121,7 +122,8 @@ class BackwardPass : Pass<M, BackwardSlot, BackwardLocal> {
         this->copy_rows(this->row_of(call_.v, unit, first, head, heads), heads, rows, local.values);
         M::pair_rows(local.keys, padded(rows), W_, local.pairs);
         transpose(local.pairs, E_, padded(rows) / M::kPair, E_, local.turned_keys, kRow);
-        for (float* grad : {local.grad_k, local.grad_v}) std::memset(grad, 0, sizeof(float) * this->sizes_.floats(kBlock));
+        const std::size_t bytes = sizeof(float) * this->sizes_.floats(kBlock);
+        std::memset(local.grad_k, 0, bytes), std::memset(local.grad_v, 0, bytes);
         const std::int64_t last_query = std::int64_t{first} + kBlock + call_.window - 2;
         for (int repeat = 0; repeat < repeats_; ++repeat) {
             for (int b = first / kBlock; b < blocks && std::int64_t{b} * kBlock <= last_query; ++b) {

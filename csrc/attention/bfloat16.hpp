@@ -55,8 +55,8 @@ private:
 
     static __m512i paired(__m512i x) {
         const __m512i lane = lane_numbers();
-        const __m512i places = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
-        return _mm512_permutexvar_epi16(places, x);
+        const __m512i next = _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16);
+        return _mm512_permutexvar_epi16(_mm512_or_si512(lane, next), x);
     }
 
     static void store_halves(Word* row_to, std::ptrdiff_t row_size, __m512i x) {

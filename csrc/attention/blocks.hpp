@@ -70,21 +70,20 @@ struct Scores {
     }
 };
 
-// Memory in pieces, each on a cache line's boundary. First measured with no base, then laid out.
+// Memory in pieces, each on a cache line's boundary. First measured from address 0, then laid out.
 class Layout {
 public:
-    explicit Layout(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+    explicit Layout(void* base = nullptr) : next_(reinterpret_cast<std::uintptr_t>(base)) {}
     template <class T>
     T* take(std::size_t count) {
-        char* const place = base_ + bytes_;
-        bytes_ += (count * sizeof(T) + 63) / 64 * 64;
+        const std::uintptr_t place = next_;
+        next_ += (count * sizeof(T) + 63) / 64 * 64;
         return reinterpret_cast<T*>(place);
     }
-    std::size_t bytes() const { return bytes_; }
+    std::size_t next() const { return next_; }
 
 private:
-    char* base_;
-    std::size_t bytes_ = 0;
+    std::uintptr_t next_;
 };
 
 struct Sizes {
@@ -118,9 +117,9 @@ protected:
     void run() {
         Layout measure;
         Slot(measure, sizes_);
-        slot_bytes_ = measure.bytes();
+        slot_bytes_ = measure.next();
         Local(measure, sizes_);
-        local_bytes_ = measure.bytes() - slot_bytes_;
+        local_bytes_ = measure.next() - slot_bytes_;
         memory_ = static_cast<char*>(allocate(slot_bytes_ * static_cast<std::size_t>(slots_) +
                                               local_bytes_ * static_cast<std::size_t>(threads_)));
         megalm::attention::fan_out(

@@ -61,13 +61,15 @@ class ForwardPass : Pass<M, ForwardSlot, ForwardLocal> {
         M::end();
     }
 
+    Word* from(Word* rows, int first) const { return rows + static_cast<std::ptrdiff_t>(first) * W_; }
+
     void pack(const ForwardSlot& slot, const ForwardLocal& local, std::int64_t unit, int block) const {
         const int first = block * kKeys, rows = lesser(kKeys, this->segment(unit).length - first);
         const int heads = call_.kv_heads, head = this->kv_head(unit);
-        this->copy_rows(this->row_of(call_.k, unit, first, head, heads), heads, rows, slot.keys + first * W_);
+        this->copy_rows(this->row_of(call_.k, unit, first, head, heads), heads, rows, from(slot.keys, first));
         this->copy_rows(this->row_of(call_.v, unit, first, head, heads), heads, rows, local.rows);
         M::pair_rows(local.rows, padded(rows), W_, local.pairs);
-        transpose(local.pairs, E_, padded(rows) / M::kPair, E_, slot.values + first * W_, kKeys / M::kPair);
+        transpose(local.pairs, E_, padded(rows) / M::kPair, E_, from(slot.values, first), kKeys / M::kPair);
     }
 
     template <bool capped>
@@ -82,13 +84,13 @@ class ForwardPass : Pass<M, ForwardSlot, ForwardLocal> {
             for (int i = 0; i < rows; i += kGroup) {
                 const Seen seen(first + i, key, lesser(key + kKeys, padded(length)), call_.window);
                 if (seen.count() <= 0) continue;
-                M::multiply(slot.keys + seen.begin * W_, W_, local.queries + i * W_, kGroup, local.scores, kGroup,
+                M::multiply(from(slot.keys, seen.begin), W_, local.queries + i * W_, kGroup, local.scores, kGroup,
                             seen.count(), kGroup, W_, false);
                 if (seen.edge)
                     soften<capped, true>(local, first, i, seen);
                 else
                     soften<capped, false>(local, first, i, seen);
-                const Word* const values = slot.values + key * W_ + (seen.begin - key) / M::kPair;
+                const Word* const values = from(slot.values, key) + (seen.begin - key) / M::kPair;
                 M::multiply(values, kKeys / M::kPair, local.p, kGroup, local.out + i * E_, kGroup, E_, kGroup,
                             seen.count() / M::kPair, true);
             }
@@ -137,12 +139,12 @@ class ForwardPass : Pass<M, ForwardSlot, ForwardLocal> {
         const float factor = _mm512_cvtss_f32(Scores(call_).factor);
         this->turn_back(local.out + i * E_, local.turned);
         float* const lse2 = call_.lse2 + head * call_.tokens + this->segment(unit).start + first + i;
-        auto* const out = this->row_of(call_.out, unit, first + i, head, call_.heads);
+        auto* out = this->row_of(call_.out, unit, first + i, head, call_.heads);
         for (int r = 0; r < rows; ++r) {
             const float sum = local.sum[i + r];
             lse2[r] = local.top[i + r] * factor + log2f(sum);
-            this->store_rows(local.turned + r * E_, 1, 1 / sum, out + static_cast<std::ptrdiff_t>(r) * call_.heads * call_.head_dim,
-                             call_.heads);
+            this->store_rows(local.turned + r * E_, 1, 1 / sum, out, call_.heads);
+            out += static_cast<std::ptrdiff_t>(call_.heads) * call_.head_dim;
         }
     }
 

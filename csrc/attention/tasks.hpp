@@ -38,8 +38,8 @@ public:
     // Before the first claim: the tasks of each unit.
     void set(std::int64_t unit, int packs, int tasks);
 
-    // The next task, or false; `task` is the thread's last one, or zeros. Waits until the unit's slot is free and, for a
-    // task that is no pack, until the unit's packs are done.
+    // The next task, or false; `task` is the thread's last one, or zeros. Waits until the unit's slot is free and, for
+    // a task that is no pack, until the unit's packs are done.
     bool claim(Task& task);
     void finish(const Task& task);
 

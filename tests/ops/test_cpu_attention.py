@@ -115,7 +115,7 @@ def test_the_sum_of_exponentials_is_that_of_the_scores(kernels: str, dtype: torc
     _, lse2 = torch.ops.megalm.cpu_attention(q, k, v, ends_of([50]), 0, 0.0, kernels)
     scores = q[:, 0].double() @ k[:, 0].double().T / math.sqrt(32)
     natural = scores.masked_fill(~torch.ones(50, 50).tril().bool(), -math.inf).logsumexp(-1)
-    torch.testing.assert_close(lse2[0].double() * math.log(2), natural, rtol=0, atol=TOLERANCE[dtype] / 10)
+    torch.testing.assert_close(lse2[0].double() * math.log(2), natural, rtol=0, atol=TOLERANCE[dtype] / 3)
 
 
 @each_kernel

@@ -1,8 +1,9 @@
 """Training throughput against transformers: the same shapes, types and optimizer, in turn in one process.
 
 Prints tokens/s, FLOP/s by 6 * parameters * tokens as a share of the measured square matrix product, and the ratio.
-Where ours gains: attention by batched products over causal blocks, the head sliced and differentiated in its forward
-pass, parameters cast once a micro-batch. Run it on an idle machine; the best step of each counts.
+Where ours gains: attention by native kernels on the matrix units (or else by batched products over causal blocks), the
+head sliced and differentiated in its forward pass, parameters cast once a micro-batch. Run it on an idle machine; the
+best step of each counts.
 """
 
 from __future__ import annotations
