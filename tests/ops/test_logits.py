@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from megalm.ops.logits import logit_gradient_, logit_statistics
 
-TYPES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# Of float32: lse is about 16 here, so that its last digit alone makes 1e-6 of a probability.
+TYPES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @settings(max_examples=100, deadline=None)
