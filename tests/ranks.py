@@ -54,6 +54,7 @@ def run_ranks(size: int, function: Callable[..., T], *args: Any, timeout: float 
     """
     results: dict[int, T] = {}
     errors: dict[int, str] = {}
+    died: set[int] = set()
     workers: list[_Worker] = []
     with TemporaryDirectory() as folder:
         try:
@@ -62,10 +63,12 @@ def run_ranks(size: int, function: Callable[..., T], *args: Any, timeout: float 
             deadline = time.monotonic() + timeout
             while len(results) + len(errors) < size and (left := deadline - time.monotonic()) > 0:
                 waiting = {w.connection: r for r, w in enumerate(workers) if r not in results and r not in errors}
-                answers = [_answer(rank := waiting[c], workers[rank]) for c in wait(list(waiting), left)]  # type: ignore[index]
-                # Of those that are seen together, who died was first: the others failed for want of it.
-                for rank, fine, value in sorted(answers, key=lambda answer: answer[1] is not None):
+                for connection in wait(list(waiting), left):
+                    rank = waiting[connection]  # type: ignore[index]
+                    fine, value = _answer(workers[rank])
                     (results if fine else errors)[rank] = value
+                    if fine is None:
+                        died.add(rank)
                     if not fine:
                         deadline = min(deadline, time.monotonic() + grace)
             if not errors and len(results) < size:
@@ -77,7 +80,8 @@ def run_ranks(size: int, function: Callable[..., T], *args: Any, timeout: float 
                 worker.process.join()
                 worker.connection.close()
     if errors:
-        raise RankError(errors)
+        # Who died was first, whenever that was seen: the others failed for want of it.
+        raise RankError(dict(sorted(errors.items(), key=lambda error: error[0] not in died)))
     return [results[rank] for rank in range(size)]
 
 
@@ -91,14 +95,14 @@ def _start(*args: Any) -> _Worker:
     return _Worker(process, ours)
 
 
-def _answer(rank: int, worker: _Worker) -> tuple[int, bool | None, Any]:
+def _answer(worker: _Worker) -> tuple[bool | None, Any]:
     """Whether the rank's function returned, or None if the process died; and the result or what went wrong."""
     try:
         fine, value = pickle.loads(worker.connection.recv_bytes())
     except (EOFError, ConnectionError):
         worker.process.join()
-        return rank, None, f"died with exit code {worker.process.exitcode}"
-    return rank, fine, value
+        return None, f"died with exit code {worker.process.exitcode}"
+    return fine, value
 
 
 def _stacks(folder: str, workers: list[_Worker], ranks: list[int], timeout: float) -> dict[int, str]:

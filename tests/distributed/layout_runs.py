@@ -68,15 +68,18 @@ def stretch(raw: dict[str, Any], directory: Path, steps: int) -> Curve:
     return curve
 
 
+def larger(raw: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
+    """With larger micro-batches, which change nothing, either, and are quicker: two for each data rank, or twice as
+    many as there are stages."""
+    batches = parallel.get("data", 1) * 2 * parallel.get("pipeline", {}).get("size", 1)
+    return raw | {"batch": raw["batch"] | {"micro_size": max(1, raw["batch"]["global_size"] // batches)}}
+
+
 def curve(raw: dict[str, Any], parallel: dict[str, Any] | None = None) -> Curve:
     """The losses and gradient norms of a run under a layout, which all ranks must agree on."""
     parallel = parallel or {}
-    data, stages = parallel.get("data", 1), parallel.get("pipeline", {}).get("size", 1)
-    if parallel:
-        # Larger micro-batches change nothing, either, and are quicker: two for each data rank, four for two stages.
-        largest = raw["batch"]["global_size"] // (data * (2 if stages == 1 else 2 * stages))
-        raw = raw | {"batch": raw["batch"] | {"micro_size": max(1, largest)}}
-    size = parallel.get("tensor", 1) * data * stages
+    data = parallel.get("data", 1)
+    size = parallel.get("tensor", 1) * data * parallel.get("pipeline", {}).get("size", 1)
     first, *others = run_ranks(size, losses_and_norms, raw | {"parallel": parallel | {"data": data}})
     assert all(other == first for other in others)
     return first

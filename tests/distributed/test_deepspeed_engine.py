@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from layout_runs import Curve, assert_same, curve, losses_and_norms, settings, stretch
+from layout_runs import Curve, assert_same, curve, larger, losses_and_norms, settings, stretch
 from ranks import RankError, run_ranks
 
 from megalm.config import resolve
@@ -56,7 +56,7 @@ def test_every_step_is_that_of_one_process(
     data: Path, alone: dict[str, Curve], name: str, parallel: dict[str, Any]
 ) -> None:
     model = {"untied": UNTIED, "tied": TIED, "gpt": GPT}[name]
-    assert_same(curve(settings(data, model), parallel), alone[name])
+    assert_same(curve(larger(settings(data, model), parallel), parallel), alone[name])
 
 
 @pytest.mark.full
@@ -73,7 +73,7 @@ def test_every_layout_is_that_of_one_process(
 
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.full) for stage in (2, 3))])
 def test_bfloat16_comes_close(data: Path, stage: int) -> None:
-    raw = settings(data, precision={"compute": "bfloat16"})
+    raw = larger(settings(data, precision={"compute": "bfloat16"}), layout(2, 2, stage))
     assert_same(curve(raw, layout(2, 2, stage)), curve(raw), 2e-2)
 
 
