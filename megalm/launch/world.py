@@ -45,6 +45,8 @@ class World:
         self.process = process
         self._store: Store | None = None
         self._done = threading.Event()
+        self._answered = False
+        """Whether this rank has answered a roll call: who holds it will say what happened."""
 
     def agree(self, prepare: Callable[[], T], facts: Callable[[T], Mapping[str, str]], timeout: float) -> T:
         """What `prepare` gives, if it gives the same `facts` on every rank. Its UserError on any rank ends all: rank 0
@@ -147,6 +149,7 @@ class World:
                 failed = store.check([WORD])
                 if failed:
                     store.set(f"{HERE}/{self.process.rank}", "")
+                    self._answered = True
             except RuntimeError:  # the store's process is gone
                 failed = True
             if failed:
@@ -157,7 +160,7 @@ class World:
             try:
                 failure = self._judge(store)
             except RuntimeError:
-                failure = RunFailed(f"rank {self.process.rank}: {GONE}", 1)
+                failure = self._unanswered()
             if str(failure):
                 print("megalm: error:", failure, file=sys.stderr, flush=True)
             os._exit(failure.code)
@@ -181,12 +184,17 @@ class World:
             first = json.loads(self._store.get(WORD))["rank"]
             failure = self._judge(self._store)
         except RuntimeError:
-            return RunFailed(f"rank {self.process.rank}: {GONE}", 1)
+            return self._unanswered()
         if ours:
             return error if self.process.rank == 0 else failure
         if first == self.process.rank and not _of_network(error):
             return error  # with its traceback
         return failure
+
+    def _unanswered(self) -> RunFailed:
+        """The store is gone. After a roll call its keeper has said why, and left without waiting for this rank, which
+        was stuck in a collective."""
+        return RunFailed("" if self._answered else f"rank {self.process.rank}: {GONE}", 1)
 
     def _judge(self, store: Store) -> RunFailed:
         """Calls the roll, and says on the lowest rank that answers who ended the run."""
