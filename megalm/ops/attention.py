@@ -74,9 +74,8 @@ def attention(
         return _flash_attention(q_THE, k_TKE, v_TKE, segments, window)
     kernels = kernels_for(q_THE.dtype, q_THE.shape[-1]) if q_THE.device.type == "cpu" else None
     if kernels is not None:
-        return torch.ops.megalm.cpu_attention(q_THE, k_TKE, v_TKE, segments.ends, window or 0, softcap or 0.0, kernels)[
-            0
-        ]
+        options = (segments.ends, window or 0, softcap or 0.0, kernels)
+        return torch.ops.megalm.cpu_attention(q_THE, k_TKE, v_TKE, *options)[0]
     return torch.ops.megalm.blocked_attention(q_THE, k_TKE, v_TKE, segments.ends, window or 0, softcap or 0.0)
 
 

@@ -140,7 +140,7 @@ def forward(
     the two statistics; what is not wanted is empty."""
     if native.library_for(scores) is None:
         probabilities, *rows = _reference_forward(scores, settings)
-        wanted = (statistics or settings.sinks is not None, statistics, statistics)
+        wanted = _wanted(settings, statistics)
         lse, largest, entropy = (x if want else x.new_empty(0) for x, want in zip(rows, wanted, strict=True))
         return scores.copy_(probabilities) if in_place else probabilities, lse, largest, entropy
     lse, largest, entropy = _row_results(scores, settings, statistics)
@@ -171,8 +171,13 @@ def backward(
 
 def _row_results(scores: Tensor, settings: Settings, statistics: bool) -> list[Tensor]:
     """Empty lse, largest and entropy: with a place for each row, or with none."""
-    wanted = (statistics or settings.sinks is not None, statistics, statistics)
+    wanted = _wanted(settings, statistics)
     return [scores.new_empty(scores.shape[:-1] if want else (0,), dtype=_wide(scores)) for want in wanted]
+
+
+def _wanted(settings: Settings, statistics: bool) -> tuple[bool, bool, bool]:
+    """Whether lse, largest and entropy are asked for."""
+    return statistics or settings.sinks is not None, statistics, statistics
 
 
 def _wide(scores: Tensor) -> torch.dtype:

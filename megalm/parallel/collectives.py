@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _register_work, _resolve_process_group
+from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import GroupName
 
 from megalm.parallel.mesh import Axis
@@ -63,11 +64,8 @@ def wait(x: Tensor) -> Tensor:
 @torch.library.custom_op("megalm::scatter_sum", mutates_args=())
 def scatter_sum(x: Tensor, size: int, group_name: str) -> Tensor:
     """`start_scatter_sum` by messages from each rank to each."""
-    x = x.contiguous()
-    arriving = torch.empty_like(x)
-    work = dist.all_to_all_single(arriving, x, group=_resolve_process_group(GroupName(group_name)), async_op=True)
     total = x.new_empty(len(x) // size, *x.shape[1:])
-    _register_work(total, _Sum(work, arriving, total))
+    _register_work(total, ScatteredSum(x.contiguous(), total, _resolve_process_group(GroupName(group_name))))
     return total
 
 
@@ -76,12 +74,13 @@ def _(x: Tensor, size: int, group_name: str) -> Tensor:
     return x.new_empty(len(x) // size, *x.shape[1:])
 
 
-class _Sum(dist.Work):
-    """What `wait` waits for: rows of each rank, and `total` of them."""
+class ScatteredSum(dist.Work):
+    """Sends each rank its part of the contiguous `x`; `wait` adds up the parts that come, in `total`."""
 
-    def __init__(self, work: dist.Work, arriving: Tensor, total: Tensor) -> None:
+    def __init__(self, x: Tensor, total: Tensor, group: ProcessGroup) -> None:
         super().__init__()
-        self.work, self.arriving, self.total = work, arriving, total
+        self.arriving, self.total = torch.empty_like(x), total
+        self.work = dist.all_to_all_single(self.arriving, x, group=group, async_op=True)
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         self.work.wait()

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
+from megalm.parallel.collectives import ScatteredSum
+
 
 class DirectSum(ReduceScatter):
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -21,6 +23,4 @@ class DirectSum(ReduceScatter):
     ) -> None:
         assert op == dist.ReduceOp.SUM, "shard_stage asks for plain sums"
         assert not async_op, "FSDP waits for sums on a CPU"
-        arrived = torch.empty_like(input_tensor)
-        dist.all_to_all_single(arrived, input_tensor, group=group)
-        torch.sum(arrived.view(group.size(), -1), 0, out=output_tensor)
+        ScatteredSum(input_tensor, output_tensor, group).wait()
