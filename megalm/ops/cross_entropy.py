@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalm.ops import native
 from megalm.ops.logits import logit_gradient_, logit_statistics
 
 SLICE_LOGITS = 1 << 23  # logits of a slice: some megabytes, which stay in a CPU's last-level cache
@@ -92,7 +93,7 @@ def reference_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_VD, labels_T, counted_T, z_loss, softcap, scale, smoothing, shard, wants_grad):  # type: ignore[no-untyped-def]
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        wide = native.wide(x_TD)
         rows = len(weight_VD) if shard is None else shard.rows
         vocabulary = rows if shard is None else shard.vocabulary
         w_VD = weight_VD[:rows].to(x_TD.dtype)
