@@ -195,6 +195,7 @@ setup(
             "pybind11",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "safetensors",
             "setuptools",
