@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import xxhash
@@ -24,8 +24,10 @@ from megalm.checkpoint.manifest import (
     Region,
     complete,
     read_manifest,
+    warn,
 )
-from megalm.checkpoint.ranks import together
+from megalm.checkpoint.places import Place, Reader, reading
+from megalm.checkpoint.ranks import rank_in, together
 from megalm.checkpoint.shard import Shard
 from megalm.errors import UserError, nearest
 
@@ -41,7 +43,7 @@ class Piece:
 
 
 def load(
-    directory: Path,
+    directory: Place,
     into: Sequence[Shard],
     prefix: str = "",
     group: ProcessGroup | None = None,
@@ -91,14 +93,38 @@ def load(
     return found[0].state
 
 
-def candidates(root: Path, group: ProcessGroup | None = None) -> Iterator[Path]:
-    """What rank 0 finds `complete`, newest first, on all ranks of `group`, which must ask for the next one together."""
-    found = complete(root)
+def load_newest(
+    root: Place,
+    into: Sequence[Shard],
+    group: ProcessGroup | None = None,
+    accept: Callable[[Place, dict[str, Any]], None] = lambda found, state: None,
+    refuse_damaged: bool = False,
+) -> tuple[Place, dict[str, Any]] | None:
+    """Loads the newest intact checkpoint in `root`, and gives its place and state; None if there is none, damaged or
+    not. What is damaged is said, and the one before tried; or the first such is a UserError, if those are refused."""
+    damages = 0
+
+    def damaged(damage: DamagedCheckpoint) -> None:
+        nonlocal damages
+        damages += 1
+        if refuse_damaged:
+            raise UserError(f"{damage}; to use the one before, set checkpoint.on_corrupt=fallback")
+        if rank_in(group) == 0:
+            warn(damage)
+
+    found = complete(root, damaged)
     while name := together(group, judge=lambda ranks: next((path.name for path in found), None)):
-        yield root / name
+        place = root / name
+        try:
+            return place, load(place, into, group=group, accept=partial(accept, place))
+        except DamagedCheckpoint as damage:
+            damaged(damage)
+    if together(group, judge=lambda ranks: damages):
+        raise UserError(f"{root}: no checkpoint is intact: choose another run.dir, or remove this one")
+    return None
 
 
-def _pieces(directory: Path, manifest: CheckpointManifest, names: set[str], shard: Shard) -> list[Piece]:
+def _pieces(directory: Place, manifest: CheckpointManifest, names: set[str], shard: Shard) -> list[Piece]:
     """What a shard takes from each of its tensor's boxes: all of its elements, each once."""
     if shard.name not in names:
         raise UserError(f"{directory}: has no tensor '{shard.name}', which this run needs.{nearest(shard.name, names)}")
@@ -113,31 +139,27 @@ def _pieces(directory: Path, manifest: CheckpointManifest, names: set[str], shar
     return pieces
 
 
-def _read(directory: Path, manifest: CheckpointManifest, pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
+def _read(directory: Place, manifest: CheckpointManifest, pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
     """Each piece, which come sorted by file, with its box's verified bytes, good until the next one is asked for."""
     buffer = torch.empty(max((piece.bytes for piece in pieces), default=0), dtype=torch.uint8)
     for name, of_file in groupby(pieces, key=lambda piece: piece.box.file):
         path, record = directory / name, manifest.files[name]
         try:
-            with path.open("rb", buffering=0) as file:
+            with reading(path) as read:
                 header = torch.empty(record.header, dtype=torch.uint8)
-                _fill(file, 0, header, record.checksum, f"{path}: the header")
+                fetch(read, 0, header, record.checksum, f"{path}: the header")
                 for piece in of_file:
                     data = buffer[: piece.bytes]
-                    _fill(file, piece.box.start, data, piece.box.checksum, f"{path}: tensor '{piece.shard.name}'")
+                    fetch(read, piece.box.start, data, piece.box.checksum, f"{path}: tensor '{piece.shard.name}'")
                     yield piece, data
         except OSError as error:
             raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
 
 
-def _fill(file: BinaryIO, start: int, data: torch.Tensor, checksum: str, what: str) -> None:
+def fetch(read: Reader, start: int, data: torch.Tensor, checksum: str, what: str) -> None:
     """Reads `data` from `start` on and verifies it."""
     view = data.numpy().data
-    file.seek(start)
-    done = 0
-    while done < len(view):
-        if not (count := file.readinto(view[done:])):  # type: ignore[attr-defined]
-            raise DamagedCheckpoint(f"{what} ends too early")
-        done += count
+    if read(start, view) < len(view):
+        raise DamagedCheckpoint(f"{what} ends too early")
     if xxhash.xxh3_128_hexdigest(view) != checksum:
         raise DamagedCheckpoint(f"{what} does not match its checksum: the file was altered or belongs elsewhere")

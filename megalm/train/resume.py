@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from megalm.checkpoint import Place
 from megalm.config import Config
 from megalm.config.batches import BatchPlan
 from megalm.config.sections import known
@@ -14,7 +14,7 @@ from megalm.train.build import Inputs
 NOT_THE_MODEL = ("model.preset:", "model.z_loss:", "model.init_std:")  # keys that do not change what a model computes
 
 
-def refuse_another_run(found: Path, saved: dict[str, Any], inputs: Inputs, batches: BatchPlan) -> None:
+def refuse_another_run(found: Place, saved: dict[str, Any], inputs: Inputs, batches: BatchPlan) -> None:
     """A run goes on only with the same model on the same data in the same order and the same batches."""
     changes = differences(saved["config"], inputs.config)
     if saved["data"] != inputs.loader.fingerprint:
