@@ -177,6 +177,11 @@ class CheckpointManifest(Record):
                     raise ValueError(f"a box of tensor '{name}' is not inside a file of this checkpoint")
         return self
 
+    def check_size(self, directory: Place, name: str, there: dict[str, int]) -> None:
+        """Raises DamagedCheckpoint if a file is not as large as it was."""
+        if (size := _regular_size(directory, name, there)) != self.files[name].size:
+            raise DamagedCheckpoint(f"{directory / name}: {size} bytes, but the manifest says {self.files[name].size}")
+
     def to_bytes(self) -> bytes:
         """The file: one JSON object, whose first key is the checksum of all that follows that line."""
         body = json.dumps(self.model_dump()).encode()[1:]
@@ -192,6 +197,14 @@ def read_manifest(directory: Place) -> CheckpointManifest:
 
     Raises DamagedCheckpoint, which names the file, or UserError for what is no checkpoint of this version.
     """
+    manifest, there = open_manifest(directory)
+    for name in manifest.files:
+        manifest.check_size(directory, name, there)
+    return manifest
+
+
+def open_manifest(directory: Place) -> tuple[CheckpointManifest, dict[str, int]]:
+    """The manifest, checked, and the `sizes` of what is beside it, not compared yet. Raises as `read_manifest` does."""
     path = directory / MANIFEST
     try:
         there = sizes(directory)
@@ -201,9 +214,9 @@ def read_manifest(directory: Place) -> CheckpointManifest:
         ) from None
     except OSError as error:
         raise DamagedCheckpoint(f"{directory}: {error.strerror}") from error
+    if _regular_size(directory, MANIFEST, there) > MANIFEST_LIMIT:
+        raise DamagedCheckpoint(f"{path}: larger than {MANIFEST_LIMIT} bytes")
     try:
-        if _regular_size(directory, MANIFEST, there) > MANIFEST_LIMIT:
-            raise DamagedCheckpoint(f"{path}: larger than {MANIFEST_LIMIT} bytes")
         content = read_bytes(path)
         if not content.startswith(b'{"checksum": "'):
             raise DamagedCheckpoint(f"{path}: is no checkpoint's manifest")
@@ -213,10 +226,7 @@ def read_manifest(directory: Place) -> CheckpointManifest:
         fields = json.loads(content)
         if (version := fields.get("version")) != VERSION:
             raise UserError(f"{path}: version {version}, but this megalm reads {VERSION}: use the one that wrote it")
-        manifest = CheckpointManifest.model_validate(fields)
-        for name, file in manifest.files.items():
-            if (size := _regular_size(directory, name, there)) != file.size:
-                raise DamagedCheckpoint(f"{directory / name}: {size} bytes, but the manifest says {file.size}")
+        return CheckpointManifest.model_validate(fields), there
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
     except ValidationError as error:
@@ -224,7 +234,6 @@ def read_manifest(directory: Place) -> CheckpointManifest:
         raise DamagedCheckpoint(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: malformed JSON: {error}") from error
-    return manifest
 
 
 def _regular_size(directory: Place, name: str, there: dict[str, int]) -> int:

@@ -1,15 +1,16 @@
 """Loading a checkpoint: read and verify every box that is needed, then copy its intersection with each target.
 
-The files are read twice, so that nothing is changed on any rank before everything is known to be intact on all, in the
-memory of one box; the second reading mostly comes from the page cache, and is verified again.
+Nothing is changed on any rank before everything is known to be intact on all. What a rank needs waits for that in the
+host's memory; where there is too little of it, in parts that are read twice, and verified twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,8 +29,12 @@ from megalm.checkpoint.manifest import (
 )
 from megalm.checkpoint.places import Place, Reader, reading
 from megalm.checkpoint.ranks import rank_in, together
-from megalm.checkpoint.shard import Shard
+from megalm.checkpoint.shard import Shard, whole
 from megalm.errors import UserError, nearest
+
+THREADS = 4
+LEAST_BATCH = 256 << 20  # bytes
+RANKS_OF_A_HOST = 16  # at most, or nearly
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ def load(
     saved; whatever is raised is raised on all ranks. A rank reads the boxes that its shards touch, no others.
     """
     found: tuple[CheckpointManifest, list[Piece]]
+    batches: list[list[Piece]]
+    kept: list[torch.Tensor]
 
     def find() -> list[Any]:
         nonlocal found
@@ -78,19 +85,28 @@ def load(
                 raise UserError(f"{directory}: has a tensor '{name}', for which this run has no use.{hint}")
 
     def verify() -> None:
-        for _ in _read(directory, *found):
-            pass
+        nonlocal batches, kept
+        batches = _batches(found[1], _spare_memory(1 if group is None else group.size()))
+        for batch in batches:
+            kept = _read(directory, found[0], batch)
 
     def fill() -> None:
-        for piece, data in _read(directory, *found):
-            source = data.view(piece.shard.tensor.dtype).reshape(piece.box.size)
-            target = piece.shard.data[piece.common.within(piece.shard.region)]
-            target.copy_(source[piece.common.within(piece.box.region)])
+        for batch in batches:
+            _copy(batch, kept if len(batches) == 1 else _read(directory, found[0], batch))
 
     together(group, find, compare)
     together(group, verify)
     together(group, fill)
     return found[0].state
+
+
+def read_tensor(directory: Place, manifest: CheckpointManifest, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, whole."""
+    record = manifest.tensors[name]
+    (shard,) = whole({name: torch.empty(record.shape, dtype=getattr(torch, record.dtype))})
+    pieces = _pieces(directory, manifest, {name}, shard)
+    _copy(pieces, _read(directory, manifest, pieces))
+    return shard.tensor
 
 
 def load_newest(
@@ -139,21 +155,58 @@ def _pieces(directory: Place, manifest: CheckpointManifest, names: set[str], sha
     return pieces
 
 
-def _read(directory: Place, manifest: CheckpointManifest, pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Each piece, which come sorted by file, with its box's verified bytes, good until the next one is asked for."""
-    buffer = torch.empty(max((piece.bytes for piece in pieces), default=0), dtype=torch.uint8)
-    for name, of_file in groupby(pieces, key=lambda piece: piece.box.file):
-        path, record = directory / name, manifest.files[name]
-        try:
-            with reading(path) as read:
-                header = torch.empty(record.header, dtype=torch.uint8)
-                fetch(read, 0, header, record.checksum, f"{path}: the header")
-                for piece in of_file:
-                    data = buffer[: piece.bytes]
-                    fetch(read, piece.box.start, data, piece.box.checksum, f"{path}: tensor '{piece.shard.name}'")
-                    yield piece, data
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+def _spare_memory(ranks: int) -> int:
+    """Bytes that may be taken for what is on its way: this rank's share of half of what its host has left."""
+    with suppress(OSError), open("/proc/meminfo") as file:
+        lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 512 // min(ranks, RANKS_OF_A_HOST)
+    return LEAST_BATCH
+
+
+def _batches(pieces: list[Piece], limit: int) -> list[list[Piece]]:
+    """The pieces in order, in parts of at most `limit` bytes, or of one piece."""
+    batches: list[list[Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if batches[-1] and size + piece.bytes > max(limit, LEAST_BATCH):
+            batches.append([])
+            size = 0
+        batches[-1].append(piece)
+        size += piece.bytes
+    return batches
+
+
+def _read(directory: Place, manifest: CheckpointManifest, pieces: list[Piece]) -> list[torch.Tensor]:
+    """The verified bytes of each piece's box. Several are read at once: a disk, a network and checksums overlap."""
+
+    def header(name: str) -> None:
+        record = manifest.files[name]
+        _fetched(directory / name, 0, record.header, record.checksum, "the header")
+
+    def box(piece: Piece) -> torch.Tensor:
+        box = piece.box
+        return _fetched(directory / box.file, box.start, piece.bytes, box.checksum, f"tensor '{piece.shard.name}'")
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(header, sorted({piece.box.file for piece in pieces})))
+        return list(pool.map(box, pieces))
+
+
+def _fetched(path: Place, start: int, size: int, checksum: str, what: str) -> torch.Tensor:
+    data = torch.empty(size, dtype=torch.uint8)
+    try:
+        with reading(path) as read:
+            fetch(read, start, data, checksum, f"{path}: {what}")
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+    return data
+
+
+def _copy(pieces: list[Piece], read: list[torch.Tensor]) -> None:
+    for piece, data in zip(pieces, read, strict=True):
+        source = data.view(piece.shard.tensor.dtype).reshape(piece.box.size)
+        target = piece.shard.data[piece.common.within(piece.shard.region)]
+        target.copy_(source[piece.common.within(piece.box.region)])
 
 
 def fetch(read: Reader, start: int, data: torch.Tensor, checksum: str, what: str) -> None:

@@ -62,15 +62,15 @@ def store_of(root: Place) -> Store:
     return ObjectStore(root) if isinstance(root, Remote) else Directory(root)
 
 
-def retired(root: Place, newest: int, keep: int, keep_every: int | None) -> list[int]:
-    """The steps of the checkpoints to delete: those older than the `keep` newest complete ones up to step `newest`, but
-    never a multiple of `keep_every`. Later ones are of another course of the run and are left alone."""
+def retired(root: Place, newest: int | None, keep: int, keep_every: int | None) -> list[int]:
+    """The steps of the checkpoints to delete: those older than the `keep` newest complete ones, but never a multiple of
+    `keep_every`. Those later than `newest`, if it is given, are of another course of the run and are left alone."""
     whole = {path.name for path in complete(root, silent)}
-    steps = [(step, path.name in whole) for step, seen, path in numbered(root) if seen and step <= newest]
-    kept = [step for step, intact in steps if intact][:keep]
+    steps = {step: path.name in whole for step, seen, path in numbered(root) if seen}
+    kept = [step for step, intact in steps.items() if intact and (newest is None or step <= newest)][:keep]
     if len(kept) < keep:
         return []
-    return [step for step, _ in steps if step < kept[-1] and not (keep_every and step % keep_every == 0)]
+    return [step for step in steps if step < kept[-1] and not (keep_every and step % keep_every == 0)]
 
 
 def silent(_: object) -> None:

@@ -362,5 +362,5 @@ class Trainer:
         self.position = Position(**saved["position"])
         self.saved = self.position.step
         logger.info("continuing from %s", place)
-        if changes := differences(saved["config"], self.config):
+        if changes := differences(saved["config"], self.config.model_dump(mode="json")):
             logger.info("changed since then: %s", ", ".join(changes))
