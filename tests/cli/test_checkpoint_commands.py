@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import IO
 from uuid import uuid4
 
 import pytest
@@ -14,8 +18,9 @@ import torch
 from ranks import run_ranks
 from runs import losses, write_config
 
-from megalm.checkpoint import DamagedCheckpoint, Shard, load, save
+from megalm.checkpoint import DamagedCheckpoint, Shard, load, save, writer
 from megalm.checkpoint.inspect import problems
+from megalm.checkpoint.places import writing
 from megalm.cli import main
 
 OVERRIDES = ["schedule={steps: 20}", "checkpoint={every: 5, keep: 3}", "evaluate.every=20"]
@@ -215,8 +220,9 @@ def test_checkpoints_may_lie_elsewhere(
     run = tmp_path / "run"
     path = str(tmp_path / "elsewhere") if where == "directory" else f"memory://{uuid4().hex}"
     config = write_config(data, run)
+    overrides = [*OVERRIDES, f"checkpoint.path={path}", f"checkpoint.asynchronous={str(where == 'memory').lower()}"]
     for last in (15, 20):  # it goes on from there
-        assert main(["train", config, *OVERRIDES, f"schedule.steps={last}", f"checkpoint.path={path}"]) == 0
+        assert main(["train", config, *overrides, f"schedule.steps={last}"]) == 0
     assert "continuing from " in (run / "train.log").read_text()
     assert not (run / "checkpoints").exists()
     assert f"{20 * 8 * 64:,}" in said(capsys, 0, "inspect", run)
@@ -230,3 +236,41 @@ def test_a_place_that_nothing_reaches_is_refused_before_work_starts(
     config = write_config(data, tmp_path / "run")
     assert main(["train", config, "checkpoint.path=nosuch://x", "--dry-run"]) == 2
     assert "checkpoint.path=nosuch://x" in capsys.readouterr().err
+
+
+def test_a_save_that_is_due_while_another_is_written_waits_for_it_and_says_so_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def slowly(path: Path) -> Iterator[IO[bytes]]:
+        time.sleep(0.8)
+        with writing(path) as file:
+            yield file
+
+    monkeypatch.setattr(writer, "writing", slowly)
+    run = tmp_path / "run"
+    overrides = ["schedule={steps: 4}", "checkpoint={every: 1, keep: 9}"]
+    assert main(["train", write_config(data, run), *overrides]) == 0
+    assert (run / "train.log").read_text().count("checkpoint.every=1 is too often") == 1
+    assert steps(run) == [1, 2, 3, 4]
+    assert main(["checkpoint", "verify", str(run)]) == 0
+
+
+def test_a_run_whose_background_write_fails_ends_in_one_line_with_what_was_there(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path) -> AbstractContextManager[IO[bytes]]:
+        if "step-00000010" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return writing(path)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "writing", full)
+        assert main(["train", write_config(data, run), *OVERRIDES]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{step(run, 10)}: cannot write a checkpoint" in last
+    assert "No space left on device; earlier ones are intact" in last
+    assert steps(run) == [5]
+    assert main(["train", write_config(data, run), *OVERRIDES]) == 0
+    assert steps(run) == [10, 15, 20]

@@ -123,6 +123,6 @@ def test_a_run_goes_on_under_another_layout_as_if_it_had_never_stopped(runs: Run
 
 @pytest.mark.full
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("saved", "loaded"), product(LAYOUTS, LAYOUTS), ids=str)
+@pytest.mark.parametrize(("saved", "loaded"), list(product(LAYOUTS, LAYOUTS)), ids=str)
 def test_a_run_goes_on_under_every_layout(runs: Runs, saved: str, loaded: str, model: str) -> None:
     runs.check(model, saved, loaded)
