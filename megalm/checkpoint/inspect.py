@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from megalm.checkpoint.manifest import MANIFEST, CheckpointManifest, DamagedCheckpoint, numbered, open_manifest
-from megalm.checkpoint.places import Place, reading
+from megalm.checkpoint.places import Place, names, reading
 from megalm.checkpoint.reader import fetch, read_tensor
 from megalm.checkpoint.stores import retired, store_of
 from megalm.errors import UserError
 
 
 def checkpoints_at(path: Place) -> list[Place]:
-    """`path` itself if it is a checkpoint's directory, or all in it, the oldest first."""
+    """`path` itself if it is a checkpoint's directory, or all in it, the oldest first; UserError if there is none."""
     found = [directory for _, seen, directory in reversed(numbered(path)) if seen]
+    if not found and MANIFEST not in names(path):
+        raise UserError(f"{path}: holds no checkpoint: name a run directory, or one of its checkpoints/step-...")
     return found or [path]
 
 
@@ -91,6 +93,7 @@ def prune(root: Place, keep: int, keep_every: int | None, dry_run: bool) -> list
     """Deletes all checkpoints but the `keep` newest complete ones and the multiples of `keep_every`; gives their steps.
     Raises UserError while someone is saving there."""
     store = store_of(root)
+    checkpoints_at(root)
     if dry_run:
         return retired(root, None, keep, keep_every)
     with store.hold():

@@ -148,12 +148,14 @@ class Saver:
 
     def close(self) -> None:
         """Waits for what is still to be deleted."""
+        together(self._group, judge=lambda _: self._tidied())
 
-        def end(_: object) -> None:
-            with _told(self.root, 0, 0):
-                self._tidied()
-
-        together(self._group, judge=end)
+    def abandon(self) -> None:
+        """What is pending will never be; for a rank that fails alone, so it waits for no other."""
+        pending, self._pending = self._pending, None
+        if pending and rank_in(self._group) == 0:
+            self._store.discard(pending.draft)
+            self._release()
 
     def _copied(self, boxes: list[Shard]) -> tuple[list[Shard], Exception | None]:
         """The boxes in the host's memory, one after the other; the same memory each time."""
@@ -179,6 +181,8 @@ class Saver:
         """On rank 0: deletes what need not be kept, and lets others in."""
         try:
             self._store.retire(retired(self.root, newest, self._keep, self._keep_every))
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot delete an old checkpoint: {error.strerror}") from error
         finally:
             self._release()
 

@@ -153,6 +153,7 @@ class Trainer:
         with ExitStack() as stack:
             metrics = stack.enter_context(closing(self._metrics())) if self.mesh.rank == 0 else None
             stream = stack.enter_context(closing(self.stream()))
+            stack.callback(self.saver.abandon)
             terminal.start(self.steps, self.position.step)
             if self.position.step == 0:
                 self._evaluate(metrics)

@@ -174,8 +174,9 @@ def test_prune_counts_no_damaged_one_as_kept(run: Path, capsys: pytest.CaptureFi
 
 
 def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("inspect", "verify"):
-        assert str(tmp_path / "nowhere") in said(capsys, 2, command, tmp_path / "nowhere")
+    for command in (["inspect"], ["verify"], ["prune", "--keep", "1"]):
+        assert str(tmp_path / "nowhere") in said(capsys, 2, *command, tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("policy", ["fallback", "refuse"])
