@@ -1,13 +1,14 @@
 """Saving checkpoints, so that a kill or a full disk at any moment leaves every earlier one as it was.
 
-    the step loop                                              a thread of each rank
-    start    rank 0: lock the root, make a draft
-             all: copy their boxes to the host's memory  --->  checksum, write and sync one file
-    ...      steps go on, and add up who has written
+    the step loop                                            threads of each rank
+    start    rank 0: lock the root, make a draft       --->  copy the rank's boxes in the host's memory
+    ...      the next step's passes
+    settle   before the optimizer changes anything     <---
+    ...      steps go on, and add up who has written         checksum, write and sync one file
     commit   all: give rank 0 their file's parts
-             rank 0: manifest, put the draft in place    --->  rank 0: delete what need not be kept, unlock
+             rank 0: manifest, put the draft in place  --->  rank 0: delete what need not be kept, unlock
 
-Nothing is sent between ranks in the background. Saving at once is the same without the copy and the thread.
+Nothing is sent between ranks in the background. Saving at once is the same without the copy and the threads.
 
 A tensors' file is written by hand, since the safetensors library gives neither the bytes' positions nor a moment
 between having them and writing them. Format (https://github.com/huggingface/safetensors#format): header length as 8
@@ -19,7 +20,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from threading import Thread
@@ -73,6 +74,8 @@ class Saver:
         self._keep, self._keep_every, self._asynchronous = keep, keep_every, asynchronous
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._pending: _Pending | None = None
+        self._copying: Future[None] = Future()
+        self._copying.set_result(None)
         self._held: AbstractContextManager = nullcontext()
         self._tidying: Future[None] | None = None
 
@@ -90,8 +93,8 @@ class Saver:
         return float("inf") if written.exception() else 1.0
 
     def start(self, step: int, shards: Sequence[Shard], state: dict[str, Any]) -> None:
-        """Begins to save what each rank holds, which must make up every tensor; then it may change. `state` is rank
-        0's, and JSON: its floats come back exactly. Nothing else may be pending."""
+        """Begins to save what each rank holds, which must make up every tensor; it may change after `settle`. `state`
+        is rank 0's, and JSON: its floats come back exactly. Nothing else may be pending."""
         assert self._pending is None
         needed = sum(shard.data.nbytes // shard.copy[1] for shard in shards if shard.primary)
 
@@ -116,8 +119,16 @@ class Saver:
         boxes = sorted(spread(shards, box_bytes(total)), key=_place_in_file)
         self._pending = _Pending(step, state, draft, total, write)
         if self._asynchronous:
-            boxes, failure = self._copied(boxes)
-            self._pending.written = _in_background(write if failure is None else _failing(failure))
+            try:
+                boxes = self._copied(boxes)
+            except RuntimeError as error:  # torch's, for memory
+                why = f"no memory for a copy to write from: set checkpoint.asynchronous=false ({error})"
+                self._copying.set_exception(UserError(f"{self.root}: {why}"))
+            self._pending.written = _in_background(lambda: self._copying.result() or write())
+
+    def settle(self) -> None:
+        """Waits until what is being saved may change."""
+        wait([self._copying])
 
     def commit(self) -> Place:
         """Waits until all ranks have written, and makes that the newest checkpoint."""
@@ -157,25 +168,25 @@ class Saver:
             self._store.discard(pending.draft)
             self._release()
 
-    def _copied(self, boxes: list[Shard]) -> tuple[list[Shard], Exception | None]:
-        """The boxes in the host's memory, one after the other; the same memory each time."""
+    def _copied(self, boxes: list[Shard]) -> list[Shard]:
+        """The boxes in the host's memory, one after the other, once `_copying` is done; the same memory each time."""
+        self._copying = Future()
         on_gpu = any(box.tensor.is_cuda for box in boxes)
-        try:
-            if self._buffer.numel() < (size := sum(box.data.nbytes for box in boxes)):
-                del self._buffer  # before there are two
-                self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-        except RuntimeError as error:  # torch's, for memory
-            self._buffer = torch.empty(0, dtype=torch.uint8)
-            hint = "set checkpoint.asynchronous=false"
-            return [], UserError(f"{self.root}: no memory for a copy of {size} bytes to write from: {hint} ({error})")
+        if self._buffer.numel() < (size := sum(box.data.nbytes for box in boxes)):
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # before there are two
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
         copies, end = [], 0
         for box in boxes:  # wide elements first, so all are aligned
             start, end = end, end + box.data.nbytes
             host = self._buffer[start:end].view(box.tensor.dtype).view(box.size)
-            copies.append(replace(box, tensor=host.copy_(box.data, non_blocking=True)))
-        if on_gpu:
+            copies.append(replace(box, tensor=host))
+        if on_gpu:  # from where it takes no time to speak of
+            copy_boxes(boxes, copies)
             torch.cuda.synchronize()
-        return copies, None
+            self._copying.set_result(None)
+        else:
+            self._copying = _in_background(lambda: copy_boxes(boxes, copies))
+        return copies
 
     def _tidy(self, newest: int) -> None:
         """On rank 0: deletes what need not be kept, and lets others in."""
@@ -219,11 +230,9 @@ def _in_background(act: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _failing(error: Exception) -> Callable[[], Any]:
-    def fail() -> Any:
-        raise error
-
-    return fail
+def copy_boxes(boxes: Sequence[Shard], copies: Sequence[Shard]) -> None:
+    for box, copy in zip(boxes, copies, strict=True):
+        copy.tensor.copy_(box.data, non_blocking=True)
 
 
 @contextmanager

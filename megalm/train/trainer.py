@@ -215,6 +215,7 @@ class Trainer:
         learning_rate = self._learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+        self.saver.settle()
         optimizer.step()
         optimizer.zero_grad()
         self._advance(samples)

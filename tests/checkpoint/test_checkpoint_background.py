@@ -42,6 +42,7 @@ def test_what_is_saved_is_what_was_there_at_the_start(tmp_path: Path) -> None:
     for step in (1, 2):
         wanted = {name: tensor.clone() for name, tensor in tensors.items()}
         saver.start(step, whole(tensors), {"of": step})
+        saver.settle()
         for tensor in tensors.values():
             tensor.copy_(torch.zeros(tensor.shape))
         directory = saver.commit()

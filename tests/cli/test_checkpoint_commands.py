@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
@@ -255,6 +255,22 @@ def test_a_save_that_is_due_while_another_is_written_waits_for_it_and_says_so_on
     assert (run / "train.log").read_text().count("checkpoint.every=1 is too often") == 1
     assert steps(run) == [1, 2, 3, 4]
     assert main(["checkpoint", "verify", str(run)]) == 0
+
+
+def test_what_is_saved_is_of_its_step_however_slow_the_copy_is(
+    data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = writer.copy_boxes
+
+    def slowly(*boxes: Sequence[Shard]) -> None:
+        time.sleep(0.5)
+        copy(*boxes)
+
+    monkeypatch.setattr(writer, "copy_boxes", slowly)
+    run = tmp_path / "run"
+    assert main(["train", write_config(data, run), *OVERRIDES]) == 0
+    for number in steps(run):
+        assert "\n0 of " in "\n" + said(capsys, 0, "diff", step(run, number), step(trained, number))
 
 
 def test_a_run_whose_background_write_fails_ends_in_one_line_with_what_was_there(

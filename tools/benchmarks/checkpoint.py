@@ -2,8 +2,9 @@
 
 Writing: a plain file, written and synced, against a checkpoint that is saved at once: checksums, manifest and renaming
 included, the deletion of the one before not. Stall: for how long the step loop stands still for a checkpoint that is
-saved in the background (the copy, and after the writing the commit), against one that is saved at once. The first
-round, which takes the host's memory, is not counted but shown. Reading: files that the page cache was asked to forget,
+saved in the background, against one that is saved at once: what a step's passes (matrix products that take as long as
+`--passes` says) take longer while the copy is made, the wait for it, and after the writing the commit. The first round,
+which takes the host's memory, is not counted but shown. Reading: files that the page cache was asked to forget,
 and files in it, into fresh memory, against a load of the checkpoint, verified, into tensors that are there.
 
 One process. Medians of all rounds; a checkpoint that is saved in the background has the CPUs for itself here.
@@ -66,12 +67,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000, help="size of the checkpoint")
     parser.add_argument("--width", type=int, default=1024, help="of its matrices")
+    parser.add_argument("--passes", type=float, default=1.0, help="seconds of a step's passes, about")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="on the disk to measure; a temporary one if not given")
     arguments = parser.parse_args()
     state = tensors(arguments.megabytes * 10**6, arguments.width)
     size = sum(tensor.nbytes for tensor in state.values())
     data = torch.cat([tensor.reshape(-1) for tensor in state.values()]).view(torch.uint8).numpy().data
+    square = torch.randn(1024, 1024)
+    products = max(1, round(arguments.passes / min(seconds(lambda: square @ square) for _ in range(5))))
+
+    def passes() -> None:
+        for _ in range(products):
+            torch.mm(square, square)
+
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         plain = Path(folder, "plain")
@@ -87,12 +96,16 @@ def main() -> None:
                 at_once.commit()
 
             found["save at once"] = seconds(save_at_once)
-            stall = seconds(lambda step=step: behind.start(step, whole(state), {}))  # type: ignore[misc]
+            found["passes"] = seconds(passes)
             start = time.perf_counter()
+            found["start"] = seconds(lambda step=step: behind.start(step, whole(state), {}))  # type: ignore[misc]
+            passes()
+            behind.settle()
+            lost = time.perf_counter() - start - found["passes"]
             while not behind.progress:
                 time.sleep(0.01)
             found["background writing"] = time.perf_counter() - start
-            found["stall"] = stall + seconds(behind.commit)
+            found["stall"] = lost + seconds(behind.commit)
             behind.close()
             saved = at_once.root / f"step-{step:08d}"
             assert isinstance(saved, Path)
