@@ -165,6 +165,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "numpy",
+        "fsspec",
         "pydantic>=2",
         "pyyaml",
         "typer>=0.29",

@@ -1,6 +1,6 @@
 """What a checkpoint is on disk, and how the newest complete one is found.
 
-    ROOT/step-00000100/rank-00000.safetensors     one file a writing rank, of its shards; safetensors readers open it
+    ROOT/step-00000100/rank-00000.safetensors     one file a writing rank, of its boxes; safetensors readers open it
     ROOT/step-00000100/manifest.json              the only thing that gives those bytes a meaning
     ROOT/.step-00000200.tmp-<uuid>/               being written, or left by a killed run: never read
     ROOT/.step-00000050.old-<uuid>/               out of sight, to be deleted
@@ -12,6 +12,9 @@ A tensor is a global shape cut into boxes without gap or overlap, each of them a
 so that loading into any layout is box intersection. Every byte of a step's directory is under a checksum (xxh3-128):
 a box's bytes under the box's, a file's safetensors header under the file's, the manifest's own under its first line's.
 A directory counts as a checkpoint when its manifest is intact and every file that it names has the right size.
+
+An object store has no renaming, so there each save's files have names of their own, and its manifest, put in place
+last, makes them count.
 """
 
 from __future__ import annotations
@@ -20,17 +23,16 @@ import json
 import logging
 import math
 import re
-import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, ValidationError, model_validator
 
+from megalm.checkpoint.places import Place, Remote, names, read_bytes, sizes
 from megalm.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -175,6 +177,11 @@ class CheckpointManifest(Record):
                     raise ValueError(f"a box of tensor '{name}' is not inside a file of this checkpoint")
         return self
 
+    def check_size(self, directory: Place, name: str, there: dict[str, int]) -> None:
+        """Raises DamagedCheckpoint if a file is not as large as it was."""
+        if (size := _regular_size(directory, name, there)) != self.files[name].size:
+            raise DamagedCheckpoint(f"{directory / name}: {size} bytes, but the manifest says {self.files[name].size}")
+
     def to_bytes(self) -> bytes:
         """The file: one JSON object, whose first key is the checksum of all that follows that line."""
         body = json.dumps(self.model_dump()).encode()[1:]
@@ -185,20 +192,32 @@ def _first_line(body: bytes) -> bytes:
     return b'{"checksum": "%s",\n' % xxhash.xxh3_128_hexdigest(body).encode()
 
 
-def read_manifest(directory: Path) -> CheckpointManifest:
+def read_manifest(directory: Place) -> CheckpointManifest:
     """The manifest of a step's directory, after checking it and the sizes of all files that it names.
 
     Raises DamagedCheckpoint, which names the file, or UserError for what is no checkpoint of this version.
     """
+    manifest, there = open_manifest(directory)
+    for name in manifest.files:
+        manifest.check_size(directory, name, there)
+    return manifest
+
+
+def open_manifest(directory: Place) -> tuple[CheckpointManifest, dict[str, int]]:
+    """The manifest, checked, and the `sizes` of what is beside it, not compared yet. Raises as `read_manifest` does."""
     path = directory / MANIFEST
-    if not directory.is_dir():
+    try:
+        there = sizes(directory)
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedCheckpoint(
             f"{directory}: no such checkpoint: give a step's directory, such as checkpoints/step-00000100"
-        )
+        ) from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{directory}: {error.strerror}") from error
+    if _regular_size(directory, MANIFEST, there) > MANIFEST_LIMIT:
+        raise DamagedCheckpoint(f"{path}: larger than {MANIFEST_LIMIT} bytes")
     try:
-        if _regular_size(path) > MANIFEST_LIMIT:
-            raise DamagedCheckpoint(f"{path}: larger than {MANIFEST_LIMIT} bytes")
-        content = path.read_bytes()
+        content = read_bytes(path)
         if not content.startswith(b'{"checksum": "'):
             raise DamagedCheckpoint(f"{path}: is no checkpoint's manifest")
         line, newline, body = content.partition(b"\n")
@@ -207,11 +226,7 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         fields = json.loads(content)
         if (version := fields.get("version")) != VERSION:
             raise UserError(f"{path}: version {version}, but this megalm reads {VERSION}: use the one that wrote it")
-        manifest = CheckpointManifest.model_validate(fields)
-        for name, file in manifest.files.items():
-            path = directory / name
-            if (size := _regular_size(path)) != file.size:
-                raise DamagedCheckpoint(f"{path}: {size} bytes, but the manifest says {file.size}")
+        return CheckpointManifest.model_validate(fields), there
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
     except ValidationError as error:
@@ -219,39 +234,50 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         raise DamagedCheckpoint(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: malformed JSON: {error}") from error
-    return manifest
 
 
-def _regular_size(path: Path) -> int:
-    """Size of a regular file; a link could lead out of the directory and is refused."""
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise DamagedCheckpoint(f"{path}: not a regular file")
-    return status.st_size
+def _regular_size(directory: Place, name: str, there: dict[str, int]) -> int:
+    if name not in there:
+        raise DamagedCheckpoint(f"{directory / name}: is missing")
+    if there[name] < 0:
+        raise DamagedCheckpoint(f"{directory / name}: not a regular file")
+    return there[name]
 
 
-def complete(root: Path) -> Iterator[Path]:
-    """The directories of `root`'s complete checkpoints, newest first; each broken one is skipped with a warning.
+def numbered(root: Place) -> list[tuple[int, bool, Place]]:
+    """Step, whether it is in sight, and place of all that has a checkpoint's name, newest first."""
+    found = []
+    for name in names(root):
+        if match := VISIBLE.fullmatch(name) or HIDDEN.fullmatch(name):
+            hidden = match.re is HIDDEN
+            if not hidden or match[2] == "old":
+                found.append((int(match[1]), not hidden, root / name))
+    return sorted(found, key=lambda each: each[:2], reverse=True)
+
+
+def warn(damage: DamagedCheckpoint) -> None:
+    logger.warning("%s; this checkpoint is damaged and was skipped: trying the one before", damage)
+
+
+def complete(root: Place, damaged: Callable[[DamagedCheckpoint], None] = warn) -> Iterator[Place]:
+    """`root`'s complete checkpoints, newest first; a broken one is told to `damaged`, and skipped unless that raises.
 
     One that is out of sight still counts until it is deleted: a save that replaces a step may be killed between its
-    two renames. Tensor bytes are not read here; `load` verifies them.
+    two renames. Where nothing can be renamed, one without a manifest was never complete. Tensor bytes are not read
+    here; `load` verifies them.
     """
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        if match := VISIBLE.fullmatch(path.name):
-            found.append((int(match[1]), True, path))
-        elif (match := HIDDEN.fullmatch(path.name)) and match[2] == "old":
-            found.append((int(match[1]), False, path))
-    for step, _, path in sorted(found, reverse=True):
+    for step, _, path in numbered(root):
+        if isinstance(path, Remote) and MANIFEST not in path.sizes():
+            continue
         try:
             if (written := read_manifest(path).step) != step:
                 raise DamagedCheckpoint(f"{path / MANIFEST}: of step {written}")
         except DamagedCheckpoint as error:
-            logger.warning("checkpoint %s is damaged and was skipped: %s", path.name, error)
+            damaged(error)
         else:
             yield path
 
 
-def latest(root: Path) -> Path | None:
-    """The newest complete checkpoint's directory, or None if there is none."""
+def latest(root: Place) -> Place | None:
+    """The newest complete checkpoint, or None if there is none."""
     return next(complete(root), None)

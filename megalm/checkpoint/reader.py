@@ -1,16 +1,17 @@
 """Loading a checkpoint: read and verify every box that is needed, then copy its intersection with each target.
 
-The files are read twice, so that nothing is changed on any rank before everything is known to be intact on all, in the
-memory of one box; the second reading mostly comes from the page cache, and is verified again.
+Nothing is changed on any rank before everything is known to be intact on all. What a rank needs waits for that in the
+host's memory; where there is too little of it, in parts that are read twice, and verified twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any
 
 import torch
 import xxhash
@@ -24,10 +25,16 @@ from megalm.checkpoint.manifest import (
     Region,
     complete,
     read_manifest,
+    warn,
 )
-from megalm.checkpoint.ranks import together
-from megalm.checkpoint.shard import Shard
+from megalm.checkpoint.places import Place, Reader, reading
+from megalm.checkpoint.ranks import rank_in, together
+from megalm.checkpoint.shard import Shard, whole
 from megalm.errors import UserError, nearest
+
+THREADS = 4
+LEAST_BATCH = 256 << 20  # bytes
+RANKS_OF_A_HOST = 16  # at most, or nearly
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Piece:
 
 
 def load(
-    directory: Path,
+    directory: Place,
     into: Sequence[Shard],
     prefix: str = "",
     group: ProcessGroup | None = None,
@@ -55,6 +62,8 @@ def load(
     saved; whatever is raised is raised on all ranks. A rank reads the boxes that its shards touch, no others.
     """
     found: tuple[CheckpointManifest, list[Piece]]
+    batches: list[list[Piece]]
+    kept: list[torch.Tensor]
 
     def find() -> list[Any]:
         nonlocal found
@@ -76,14 +85,14 @@ def load(
                 raise UserError(f"{directory}: has a tensor '{name}', for which this run has no use.{hint}")
 
     def verify() -> None:
-        for _ in _read(directory, *found):
-            pass
+        nonlocal batches, kept
+        batches = _batches(found[1], _spare_memory(1 if group is None else group.size()))
+        for batch in batches:
+            kept = _read(directory, found[0], batch)
 
     def fill() -> None:
-        for piece, data in _read(directory, *found):
-            source = data.view(piece.shard.tensor.dtype).reshape(piece.box.size)
-            target = piece.shard.data[piece.common.within(piece.shard.region)]
-            target.copy_(source[piece.common.within(piece.box.region)])
+        for batch in batches:
+            _copy(batch, kept if len(batches) == 1 else _read(directory, found[0], batch))
 
     together(group, find, compare)
     together(group, verify)
@@ -91,14 +100,47 @@ def load(
     return found[0].state
 
 
-def candidates(root: Path, group: ProcessGroup | None = None) -> Iterator[Path]:
-    """What rank 0 finds `complete`, newest first, on all ranks of `group`, which must ask for the next one together."""
-    found = complete(root)
+def read_tensor(directory: Place, manifest: CheckpointManifest, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, whole."""
+    record = manifest.tensors[name]
+    (shard,) = whole({name: torch.empty(record.shape, dtype=getattr(torch, record.dtype))})
+    pieces = _pieces(directory, manifest, {name}, shard)
+    _copy(pieces, _read(directory, manifest, pieces))
+    return shard.tensor
+
+
+def load_newest(
+    root: Place,
+    into: Sequence[Shard],
+    group: ProcessGroup | None = None,
+    accept: Callable[[Place, dict[str, Any]], None] = lambda found, state: None,
+    refuse_damaged: bool = False,
+) -> tuple[Place, dict[str, Any]] | None:
+    """Loads the newest intact checkpoint in `root`, and gives its place and state; None if there is none, damaged or
+    not. What is damaged is said, and the one before tried; or the first such is a UserError, if those are refused."""
+    damages = 0
+
+    def damaged(damage: DamagedCheckpoint) -> None:
+        nonlocal damages
+        damages += 1
+        if refuse_damaged:
+            raise UserError(f"{damage}; to use the one before, set checkpoint.on_corrupt=fallback")
+        if rank_in(group) == 0:
+            warn(damage)
+
+    found = complete(root, damaged)
     while name := together(group, judge=lambda ranks: next((path.name for path in found), None)):
-        yield root / name
+        place = root / name
+        try:
+            return place, load(place, into, group=group, accept=partial(accept, place))
+        except DamagedCheckpoint as damage:
+            damaged(damage)
+    if together(group, judge=lambda ranks: damages):
+        raise UserError(f"{root}: no checkpoint is intact: choose another run.dir, or remove this one")
+    return None
 
 
-def _pieces(directory: Path, manifest: CheckpointManifest, names: set[str], shard: Shard) -> list[Piece]:
+def _pieces(directory: Place, manifest: CheckpointManifest, names: set[str], shard: Shard) -> list[Piece]:
     """What a shard takes from each of its tensor's boxes: all of its elements, each once."""
     if shard.name not in names:
         raise UserError(f"{directory}: has no tensor '{shard.name}', which this run needs.{nearest(shard.name, names)}")
@@ -113,31 +155,64 @@ def _pieces(directory: Path, manifest: CheckpointManifest, names: set[str], shar
     return pieces
 
 
-def _read(directory: Path, manifest: CheckpointManifest, pieces: list[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Each piece, which come sorted by file, with its box's verified bytes, good until the next one is asked for."""
-    buffer = torch.empty(max((piece.bytes for piece in pieces), default=0), dtype=torch.uint8)
-    for name, of_file in groupby(pieces, key=lambda piece: piece.box.file):
-        path, record = directory / name, manifest.files[name]
-        try:
-            with path.open("rb", buffering=0) as file:
-                header = torch.empty(record.header, dtype=torch.uint8)
-                _fill(file, 0, header, record.checksum, f"{path}: the header")
-                for piece in of_file:
-                    data = buffer[: piece.bytes]
-                    _fill(file, piece.box.start, data, piece.box.checksum, f"{path}: tensor '{piece.shard.name}'")
-                    yield piece, data
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+def _spare_memory(ranks: int) -> int:
+    """Bytes that may be taken for what is on its way: this rank's share of half of what its host has left."""
+    with suppress(OSError), open("/proc/meminfo") as file:
+        lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 512 // min(ranks, RANKS_OF_A_HOST)
+    return LEAST_BATCH
 
 
-def _fill(file: BinaryIO, start: int, data: torch.Tensor, checksum: str, what: str) -> None:
+def _batches(pieces: list[Piece], limit: int) -> list[list[Piece]]:
+    """The pieces in order, in parts of at most `limit` bytes, or of one piece."""
+    batches: list[list[Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if batches[-1] and size + piece.bytes > max(limit, LEAST_BATCH):
+            batches.append([])
+            size = 0
+        batches[-1].append(piece)
+        size += piece.bytes
+    return batches
+
+
+def _read(directory: Place, manifest: CheckpointManifest, pieces: list[Piece]) -> list[torch.Tensor]:
+    """The verified bytes of each piece's box. Several are read at once: a disk, a network and checksums overlap."""
+
+    def header(name: str) -> None:
+        record = manifest.files[name]
+        _fetched(directory / name, 0, record.header, record.checksum, "the header")
+
+    def box(piece: Piece) -> torch.Tensor:
+        box = piece.box
+        return _fetched(directory / box.file, box.start, piece.bytes, box.checksum, f"tensor '{piece.shard.name}'")
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(header, sorted({piece.box.file for piece in pieces})))
+        return list(pool.map(box, pieces))
+
+
+def _fetched(path: Place, start: int, size: int, checksum: str, what: str) -> torch.Tensor:
+    data = torch.empty(size, dtype=torch.uint8)
+    try:
+        with reading(path) as read:
+            fetch(read, start, data, checksum, f"{path}: {what}")
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+    return data
+
+
+def _copy(pieces: list[Piece], read: list[torch.Tensor]) -> None:
+    for piece, data in zip(pieces, read, strict=True):
+        source = data.view(piece.shard.tensor.dtype).reshape(piece.box.size)
+        target = piece.shard.data[piece.common.within(piece.shard.region)]
+        target.copy_(source[piece.common.within(piece.box.region)])
+
+
+def fetch(read: Reader, start: int, data: torch.Tensor, checksum: str, what: str) -> None:
     """Reads `data` from `start` on and verifies it."""
     view = data.numpy().data
-    file.seek(start)
-    done = 0
-    while done < len(view):
-        if not (count := file.readinto(view[done:])):  # type: ignore[attr-defined]
-            raise DamagedCheckpoint(f"{what} ends too early")
-        done += count
+    if read(start, view) < len(view):
+        raise DamagedCheckpoint(f"{what} ends too early")
     if xxhash.xxh3_128_hexdigest(view) != checksum:
         raise DamagedCheckpoint(f"{what} does not match its checksum: the file was altered or belongs elsewhere")

@@ -1,12 +1,14 @@
-"""Saving a checkpoint, so that a kill or a full disk at any moment leaves every earlier one as it was.
+"""Saving checkpoints, so that a kill or a full disk at any moment leaves every earlier one as it was.
 
-    rank 0      lock ROOT, sweep what dead runs left, make .step-N.tmp-<uuid>/
-    all ranks   write a file each, fsync it
-    rank 0      write the manifest, fsync, rename to step-N, fsync ROOT
-                rename those beyond the last k out of sight, fsync ROOT, delete them
+    the step loop                                            threads of each rank
+    start    rank 0: lock the root, make a draft       --->  copy the rank's boxes in the host's memory
+    ...      the next step's passes
+    settle   before the optimizer changes anything     <---
+    ...      steps go on, and add up who has written         checksum, write and sync one file
+    commit   all: give rank 0 their file's parts
+             rank 0: manifest, put the draft in place  --->  rank 0: delete what need not be kept, unlock
 
-Who is alive is told by the lock: whoever saves holds it, the kernel drops it when its holder dies, so whatever is
-unfinished in ROOT when the lock is taken belongs to nobody.
+Nothing is sent between ranks in the background. Saving at once is the same without the copy and the threads.
 
 A tensors' file is written by hand, since the safetensors library gives neither the bytes' positions nor a moment
 between having them and writing them. Format (https://github.com/huggingface/safetensors#format): header length as 8
@@ -17,147 +19,267 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
-from math import prod
-from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 import xxhash
 from torch.distributed import ProcessGroup
 
-from megalm.checkpoint.manifest import DTYPES, HIDDEN, MANIFEST, VISIBLE, CheckpointManifest, complete
+from megalm.checkpoint.manifest import DTYPES, CheckpointManifest
+from megalm.checkpoint.places import Place, writing
 from megalm.checkpoint.ranks import rank_in, together
-from megalm.checkpoint.shard import BOX_BYTES, Shard, cut
+from megalm.checkpoint.shard import Shard, box_bytes, spread
+from megalm.checkpoint.stores import Draft, retired, store_of
 from megalm.errors import UserError
-from megalm.files import sync_directory, write_atomic
-from megalm.locks import Lock, NoLocks, lock
+
+CHUNK = 1 << 20  # bytes that are written while the checksum's reading has them in the cache
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written."""
+
+    step: int
+    state: dict[str, Any]
+    draft: Draft
+    needed: int
+    written: Future[dict[str, Any]] | Callable[[], dict[str, Any]]
+
+
+class Saver:
+    """Saves checkpoints in `root`, one at a time; all ranks of `group` call each method together.
+
+    The `keep` newest up to the one just saved stay, and each whose step is a multiple of `keep_every`. With
+    `asynchronous`, ranks go on while they write, and have a second copy of what they save in the host's memory.
+    Whatever cannot be written is a UserError on all ranks; then nothing of it is left, and what was there before is
+    intact.
+    """
+
+    def __init__(
+        self,
+        root: Place,
+        keep: int,
+        keep_every: int | None = None,
+        group: ProcessGroup | None = None,
+        asynchronous: bool = False,
+    ) -> None:
+        self.root, self._store, self._group = root, store_of(root), group
+        self._keep, self._keep_every, self._asynchronous = keep, keep_every, asynchronous
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._pending: _Pending | None = None
+        self._copying: Future[None] = Future()
+        self._copying.set_result(None)
+        self._held: AbstractContextManager = nullcontext()
+        self._tidying: Future[None] | None = None
+
+    @property
+    def pending(self) -> int | None:
+        """The step that is being saved."""
+        return self._pending.step if self._pending else None
+
+    @property
+    def progress(self) -> float:
+        """Adds up over all ranks to their number or more when `commit` need wait for none, or one has failed."""
+        written = self._pending and self._pending.written
+        if not isinstance(written, Future) or not written.done():
+            return 0.0
+        return float("inf") if written.exception() else 1.0
+
+    def start(self, step: int, shards: Sequence[Shard], state: dict[str, Any]) -> None:
+        """Begins to save what each rank holds, which must make up every tensor; it may change after `settle`. `state`
+        is rank 0's, and JSON: its floats come back exactly. Nothing else may be pending."""
+        assert self._pending is None
+        needed = sum(shard.data.nbytes // shard.copy[1] for shard in shards if shard.primary)
+
+        def begin(sizes: list[int]) -> list[Any]:
+            with _told(self.root, step, total := sum(sizes)):
+                self._tidied()
+                self._held = self._store.hold()
+                try:
+                    return [asdict(self._store.draft(step, total)), total]
+                except BaseException:
+                    self._release()
+                    raise
+
+        fields, total = together(self._group, lambda: needed, begin)
+        draft = Draft(**fields)
+
+        def write() -> dict[str, Any]:
+            file = draft.file(rank_in(self._group))
+            with _told(self.root, step, total, file):
+                return write_boxes(self.root / draft.folder / file, boxes) if boxes else {}
+
+        boxes = sorted(spread(shards, box_bytes(total)), key=_place_in_file)
+        self._pending = _Pending(step, state, draft, total, write)
+        if self._asynchronous:
+            try:
+                boxes = self._copied(boxes)
+            except RuntimeError as error:  # torch's, for memory
+                why = f"no memory for a copy to write from: set checkpoint.asynchronous=false ({error})"
+                self._copying.set_exception(UserError(f"{self.root}: {why}"))
+            self._pending.written = _in_background(lambda: self._copying.result() or write())
+
+    def settle(self) -> None:
+        """Waits until what is being saved may change."""
+        wait([self._copying])
+
+    def commit(self) -> Place:
+        """Waits until all ranks have written, and makes that the newest checkpoint."""
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        target = None
+
+        def finish(written: list[dict[str, Any]]) -> None:
+            nonlocal target
+            with _told(self.root, pending.step, pending.needed):
+                manifest = _manifest(pending.step, pending.state, written).to_bytes()
+                target = self._store.commit(pending.draft, pending.step, manifest)
+                if not self._asynchronous:
+                    self._tidy(pending.step)
+
+        act = pending.written.result if isinstance(pending.written, Future) else pending.written
+        try:
+            together(self._group, act, finish)
+        except BaseException:
+            if rank_in(self._group) == 0:
+                if target is None:
+                    self._store.discard(pending.draft)
+                self._release()
+            raise
+        if rank_in(self._group) == 0 and self._asynchronous:
+            self._tidying = _in_background(lambda: self._tidy(pending.step))
+        return self.root / f"step-{pending.step:08d}"
+
+    def close(self) -> None:
+        """Waits for what is still to be deleted."""
+        together(self._group, judge=lambda _: self._tidied())
+
+    def abandon(self) -> None:
+        """What is pending will never be; for a rank that fails alone, so it waits for no other."""
+        pending, self._pending = self._pending, None
+        if pending and rank_in(self._group) == 0:
+            self._store.discard(pending.draft)
+            self._release()
+
+    def _copied(self, boxes: list[Shard]) -> list[Shard]:
+        """The boxes in the host's memory, one after the other, once `_copying` is done; the same memory each time."""
+        self._copying = Future()
+        on_gpu = any(box.tensor.is_cuda for box in boxes)
+        if self._buffer.numel() < (size := sum(box.data.nbytes for box in boxes)):
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # before there are two
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        copies, end = [], 0
+        for box in boxes:  # wide elements first, so all are aligned
+            start, end = end, end + box.data.nbytes
+            host = self._buffer[start:end].view(box.tensor.dtype).view(box.size)
+            copies.append(replace(box, tensor=host))
+        if on_gpu:  # from where it takes no time to speak of
+            copy_boxes(boxes, copies)
+            torch.cuda.synchronize()
+            self._copying.set_result(None)
+        else:
+            self._copying = _in_background(lambda: copy_boxes(boxes, copies))
+        return copies
+
+    def _tidy(self, newest: int) -> None:
+        """On rank 0: deletes what need not be kept, and lets others in."""
+        try:
+            self._store.retire(retired(self.root, newest, self._keep, self._keep_every))
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot delete an old checkpoint: {error.strerror}") from error
+        finally:
+            self._release()
+
+    def _tidied(self) -> None:
+        tidying, self._tidying = self._tidying, None
+        if tidying:
+            tidying.result()
+
+    def _release(self) -> None:
+        held, self._held = self._held, nullcontext()
+        held.__exit__(None, None, None)
 
 
 def save(
-    root: Path,
-    step: int,
-    shards: Sequence[Shard],
-    state: dict[str, Any],
-    keep: int,
-    group: ProcessGroup | None = None,
-) -> Path:
-    """Writes `root`/step-NNNNNNNN, replacing one of the same step, and keeps the `keep` newest up to `step`.
+    root: Place, step: int, shards: Sequence[Shard], state: dict[str, Any], keep: int, group: ProcessGroup | None = None
+) -> Place:
+    """Writes `root`/step-NNNNNNNN at once; see `Saver`. Memory: one box, if it is not contiguous on the CPU."""
+    saver = Saver(root, keep, group=group)
+    saver.start(step, shards, state)
+    return saver.commit()
 
-    All ranks of `group` call it together with what each holds, which must make up every tensor; `root` is on a file
-    system that they share. `state` is rank 0's, and JSON: its floats come back exactly. Memory: one box, if it is not
-    contiguous on the CPU. Raises UserError, on all ranks, if any of them cannot write; then nothing of it is left, and
-    what was there before is intact.
-    """
-    target = root / f"step-{step:08d}"
-    mine = [shard for shard in shards if shard.primary and (shard.region.volume or not prod(shard.shape))]
-    intact: list[int] = []
-    with ExitStack() as stack:  # of rank 0 alone
 
-        def begin(sizes: list[int]) -> list[Any]:
-            nonlocal intact
-            with _told(target, needed := sum(sizes)):
-                root.mkdir(parents=True, exist_ok=True)
-                held = _lock(root)
-                stack.enter_context(held or nullcontext())
-                intact = [int(match[1]) for path in complete(root) if (match := VISIBLE.fullmatch(path.name))]
-                if held:
-                    _sweep(root, max(intact, default=-1))
-                if (free := shutil.disk_usage(root).free) < needed * 1.05:
-                    raise OSError(errno.ENOSPC, f"only {free} bytes are free")
-                temporary = _hidden(target, "tmp")
-                temporary.mkdir()
-                stack.push(lambda kind, *_: shutil.rmtree(temporary, ignore_errors=True) if kind else None)
-                return [temporary.name, needed]
+def _in_background(act: Callable[[], T]) -> Future[T]:
+    """A thread that does not keep a process alive that ends otherwise: what it leaves is swept."""
+    future: Future[T] = Future()
 
-        def write() -> dict[str, Any]:
-            file = f"rank-{rank_in(group):05d}.safetensors"
-            with _told(target, needed, file):
-                return write_shards(temporary / file, mine) if mine else {}
+    def run() -> None:
+        try:
+            future.set_result(act())
+        except BaseException as error:
+            future.set_exception(error)
 
-        def finish(written: list[dict[str, Any]]) -> None:
-            with _told(target, needed):
-                write_atomic(temporary / MANIFEST, _manifest(step, state, written).to_bytes())
-                _commit(temporary, target)
-                kept = sorted((other for other in {*intact, step} if other <= step), reverse=True)[:keep]
-                if len(kept) == keep:
-                    _retire(root, kept[-1])
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
-        name, needed = together(group, lambda: sum(shard.data.nbytes for shard in mine), begin)
-        temporary = root / name
-        together(group, write, finish)
-    return target
+
+def copy_boxes(boxes: Sequence[Shard], copies: Sequence[Shard]) -> None:
+    for box, copy in zip(boxes, copies, strict=True):
+        copy.tensor.copy_(box.data, non_blocking=True)
 
 
 @contextmanager
-def _told(target: Path, needed: int, file: str = "") -> Iterator[None]:
+def _told(root: Place, step: int, needed: int, file: str = "") -> Iterator[None]:
     """Says what could not be written where, to the user."""
     try:
         yield
     except OSError as error:
+        target = root / f"step-{step:08d}"
         what = f"{target}: cannot write a checkpoint of {needed} bytes: {file and f'{file}: '}{error.strerror}"
         hint = " (do all ranks see the same file system?)" if file and error.errno == errno.ENOENT else ""
         raise UserError(f"{what}{hint}; earlier ones are intact") from error
 
 
-def _lock(root: Path) -> Lock | None:
-    """The lock of `root`; None on a file system without locks, where nobody can tell who is alive."""
-    try:
-        held = lock(root / ".lock", wait=False)
-    except NoLocks:
-        return None
-    if held is None:
-        raise UserError(f"{root}: another process is saving there: give each run its own run.dir")
-    return held
+def _place_in_file(box: Shard) -> tuple[Any, ...]:
+    """Wide elements come first, so that each box is aligned to its own."""
+    return -box.tensor.element_size(), box.name, box.offset
 
 
-def _hidden(directory: Path, kind: str) -> Path:
-    return directory.with_name(f".{directory.name}.{kind}-{uuid4().hex}")
-
-
-def _sweep(root: Path, newest: int) -> None:
-    """Deletes what killed runs left, but nothing out of sight that is newer than the newest complete checkpoint."""
-    for path in root.iterdir():
-        if (match := HIDDEN.fullmatch(path.name)) and (match[2] == "tmp" or int(match[1]) <= newest):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def write_shards(path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
-    """Writes and syncs one safetensors file; gives its record, and the name, shape, dtype and box of all it holds.
-
-    Wide elements come first, so that each tensor is aligned to its own.
-    """
-    shards = sorted(shards, key=lambda shard: (-shard.tensor.element_size(), shard.name, shard.offset))
+def write_boxes(path: Place, boxes: Sequence[Shard]) -> dict[str, Any]:
+    """Writes one safetensors file, durably; gives its record, and the name, shape, dtype and box of all it holds."""
     layout: dict[str, Any] = {}
     end = 0
-    for shard in shards:
-        begin, end = end, end + shard.data.nbytes
-        key = shard.name if shard.name not in layout else f"{shard.name}@{shard.offset}"
-        entry = {"dtype": DTYPES[shard.dtype][0], "shape": list(shard.size), "data_offsets": [begin, end]}
+    for box in boxes:
+        begin, end = end, end + box.data.nbytes
+        key = box.name if box.name not in layout else f"{box.name}@{box.offset}"
+        entry = {"dtype": DTYPES[box.dtype][0], "shape": list(box.size), "data_offsets": [begin, end]}
         assert layout.setdefault(key, entry) is entry, f"{key} is held twice"
     text = json.dumps(layout, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     parts = []
-    with path.open("xb") as file:
+    start = len(header)
+    with writing(path) as file:
         file.write(header)
-        for shard in shards:
-            for region in cut(shard.region, BOX_BYTES // shard.tensor.element_size()):
-                piece = shard.data[region.within(shard.region)].cpu().contiguous()
-                flat = piece.as_strided((piece.numel(),), (1,))  # one element is contiguous whatever its stride
-                data = flat.view(torch.uint8).numpy().data
-                place = {"file": path.name, "start": file.tell(), "checksum": xxhash.xxh3_128_hexdigest(data)}
-                parts.append([shard.name, shard.shape, shard.dtype, asdict(region) | place])
-                file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    checksum = xxhash.xxh3_128_hexdigest(header)
-    record = {"size": len(header) + end, "header": len(header), "checksum": checksum}
+        for box in boxes:
+            piece = box.data.cpu().contiguous()
+            flat = piece.as_strided((piece.numel(),), (1,))  # one element is contiguous whatever its stride
+            data = flat.view(torch.uint8).numpy().data
+            checksum = xxhash.xxh3_128()
+            for chunk in range(0, len(data), CHUNK):
+                checksum.update(data[chunk : chunk + CHUNK])
+                file.write(data[chunk : chunk + CHUNK])
+            place = {"file": path.name, "start": start, "checksum": checksum.hexdigest()}
+            parts.append([box.name, box.shape, box.dtype, asdict(box.region) | place])
+            start += len(data)
+    record = {"size": start, "header": len(header), "checksum": xxhash.xxh3_128_hexdigest(header)}
     return {"files": {path.name: record}, "parts": parts}
 
 
@@ -174,32 +296,3 @@ def _manifest(step: int, state: dict[str, Any], written: list[dict[str, Any]]) -
             tensor["boxes"].append(box)
     records = {name: tensors[name] for name in sorted(tensors)}
     return CheckpointManifest.model_validate({"step": step, "state": state, "files": files, "tensors": records})
-
-
-def _commit(temporary: Path, target: Path) -> None:
-    """Renames `temporary` to `target`; what was there is out of sight in between, where `complete` still finds it."""
-    replaced = _hidden(target, "old") if os.path.lexists(target) else None
-    if replaced:
-        target.rename(replaced)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        if replaced:
-            replaced.rename(target)
-        raise
-    sync_directory(target.parent)
-    if replaced:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _retire(root: Path, oldest: int) -> None:
-    """Deletes all checkpoints before step `oldest`.
-
-    Out of sight first, so that a kill in between never leaves half a directory under a checkpoint's name.
-    """
-    names = [path for path in root.iterdir() if (match := VISIBLE.fullmatch(path.name)) and int(match[1]) < oldest]
-    retired = [path.rename(_hidden(path, "old")) for path in names]
-    if retired:
-        sync_directory(root)
-    for path in retired:
-        shutil.rmtree(path, ignore_errors=True)

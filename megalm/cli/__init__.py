@@ -19,7 +19,21 @@ from typing import Annotated
 import typer
 
 import megalm
-from megalm.cli import config, curate, data, env, evaluate, generate, inspect, merge, plan, tokenizer, trace, train
+from megalm.cli import (
+    checkpoint,
+    config,
+    curate,
+    data,
+    env,
+    evaluate,
+    generate,
+    inspect,
+    merge,
+    plan,
+    tokenizer,
+    trace,
+    train,
+)
 from megalm.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -28,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Pre-trains base language models: from a folder of text to a checkpoint.",
 )
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 data.app.command("inspect")(inspect.inspect)
 data.app.command("verify")(inspect.verify)

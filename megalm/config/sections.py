@@ -311,6 +311,15 @@ class Checkpoint(Section):
     """Steps between checkpoints; derived: a tenth of the run. The last step is always saved."""
     keep: int = Field(default=3, gt=0)
     """How many of the newest checkpoints are kept."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Checkpoints whose step is a multiple of this are kept for ever; `null`: none."""
+    path: str | None = Field(default=None, min_length=1)
+    """Where they go: a directory, or a URL such as `s3://bucket/run` of anything that fsspec has a package for; `null`:
+    `checkpoints` in `run.dir`."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written; takes host memory for a copy of what each rank saves."""
+    on_corrupt: Literal["fallback", "refuse"] = "fallback"
+    """When the newest checkpoint is damaged: go on from the one before, or refuse."""
 
 
 class Evaluate(Section):

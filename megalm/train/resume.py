@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from megalm.config import Config
+from megalm.checkpoint import Place
 from megalm.config.batches import BatchPlan
 from megalm.config.sections import known
 from megalm.errors import UserError
@@ -14,9 +13,9 @@ from megalm.train.build import Inputs
 NOT_THE_MODEL = ("model.preset:", "model.z_loss:", "model.init_std:")  # keys that do not change what a model computes
 
 
-def refuse_another_run(found: Path, saved: dict[str, Any], inputs: Inputs, batches: BatchPlan) -> None:
+def refuse_another_run(found: Place, saved: dict[str, Any], inputs: Inputs, batches: BatchPlan) -> None:
     """A run goes on only with the same model on the same data in the same order and the same batches."""
-    changes = differences(saved["config"], inputs.config)
+    changes = differences(saved["config"], inputs.config.model_dump(mode="json"))
     if saved["data"] != inputs.loader.fingerprint:
         sources = _changed_sources(saved["sources"], inputs.loader.source_fingerprints)
         what = "; ".join(", ".join(part) for part in (sources, changes) if part)
@@ -53,9 +52,9 @@ def _changed_sources(saved: dict[str, str], now: dict[str, str]) -> list[str]:
     return [*changed, *gone, *new]
 
 
-def differences(saved: dict[str, Any], config: Config) -> list[str]:
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`section.key: old -> new` of everything in which two configs differ."""
-    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    old, new = _flat(saved), _flat(now)
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
 

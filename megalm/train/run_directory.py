@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.checkpoint import latest, load, read_manifest, whole
+from megalm.checkpoint import Place, latest, load, place, read_manifest, whole
+from megalm.checkpoint.places import names
 from megalm.config import Config, resolve, to_yaml
+from megalm.config.text import read_yaml
 from megalm.data.tokenizer import FILES, RECORD, Tokenizer, load_tokenizer
 from megalm.errors import UserError
 from megalm.files import write_atomic
@@ -120,17 +122,30 @@ def _copy_tokenizer(path: str, target: Path) -> None:
         fresh.rename(target)
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest of a run directory."""
-    if not path.exists():
+def checkpoints_of(config: Config, directory: Path) -> Place:
+    """Where the run in `directory` has its checkpoints."""
+    path = config.checkpoint.path
+    return directory / CHECKPOINTS if path is None else place(path, "checkpoint.path")
+
+
+def find_checkpoint(path: Place) -> Place:
+    """The checkpoint that `path` names: itself, or the newest of a run directory, or of a place of checkpoints."""
+    if not names(path):
         raise UserError(f"{path}: no such checkpoint: name a run directory or one of its checkpoints/step-...")
-    if (path / "manifest.json").is_file():
+    if "manifest.json" in names(path):
         return path
-    root = path if path.name == CHECKPOINTS else path / CHECKPOINTS
-    found = latest(root) if root.is_dir() else None
+    found = latest(root_of(path))
     if found is None:
         raise UserError(f"{path}: holds no complete checkpoint: train first, or name another directory")
     return found
+
+
+def root_of(path: Place) -> Place:
+    """The place of checkpoints that `path` names: itself, or a run's, wherever it has them."""
+    if isinstance(path, Path) and (path / "config.yaml").is_file():
+        elsewhere = read_yaml(path / "config.yaml").get("checkpoint", {}).get("path")
+        return place(elsewhere) if elsewhere else path / CHECKPOINTS
+    return path / CHECKPOINTS if CHECKPOINTS in names(path) else path
 
 
 @dataclass(frozen=True)
@@ -146,10 +161,13 @@ class TrainedModel:
 
 def load_model(path: Path) -> TrainedModel:
     """The model of the checkpoint that `path` names. It is put on a GPU if there is one, wherever it was trained."""
-    checkpoint = find_checkpoint(path).resolve()
+    checkpoint = find_checkpoint(path)
     state = read_manifest(checkpoint).state
     config = resolve(state["config"], world_size=None)
-    copied = checkpoint.parent.parent / "tokenizer"
+    run = path
+    if isinstance(checkpoint, Path) and not (path / "config.yaml").is_file():
+        run = checkpoint.resolve().parents[1]
+    copied = run / "tokenizer"
     tokenizer_path = _tokenizer_path(copied) if copied.is_dir() else config.tokenizer.path
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.fingerprint != state["tokenizer"]:

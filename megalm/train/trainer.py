@@ -48,7 +48,7 @@ from megalm.train.evaluate import evaluation_line, score_sources
 from megalm.train.metrics import Metrics
 from megalm.train.progress import Terminal, summary
 from megalm.train.resume import differences, refuse_another_run
-from megalm.train.run_directory import CHECKPOINTS, check_directory, describe, opened
+from megalm.train.run_directory import check_directory, checkpoints_of, describe, opened
 from megalm.train.signals import StopRequest
 from megalm.train.state import shards
 
@@ -78,7 +78,8 @@ def run(load: Callable[[], Config], process: Process, stop: StopRequest, dry_run
 
     def prepare() -> Inputs:
         inputs = build_inputs(load(), process)
-        check_directory(Path(inputs.config.run.dir))
+        check_directory(directory := Path(inputs.config.run.dir))
+        checkpoints_of(inputs.config, directory)
         return inputs
 
     world, chief = World(process), process.rank == 0
@@ -127,8 +128,17 @@ class Trainer:
         )
         self.steps = known(self.config.schedule.steps)
         self.parameters = parameter_count(self.config.model, known(self.config.model.vocab_size))
+        settings = self.config.checkpoint
+        self.saver = checkpoint.Saver(
+            checkpoints_of(self.config, directory),
+            settings.keep,
+            settings.keep_every,
+            self.mesh.world.group,
+            settings.asynchronous,
+        )
         self.saved: int | None = None
         """The step of the newest checkpoint."""
+        self._said_to_wait = False
         self.stopping = False
         """Whether some rank had been asked to stop by the last step, as all ranks know."""
         self._resume()
@@ -143,6 +153,7 @@ class Trainer:
         with ExitStack() as stack:
             metrics = stack.enter_context(closing(self._metrics())) if self.mesh.rank == 0 else None
             stream = stack.enter_context(closing(self.stream()))
+            stack.callback(self.saver.abandon)
             terminal.start(self.steps, self.position.step)
             if self.position.step == 0:
                 self._evaluate(metrics)
@@ -157,8 +168,7 @@ class Trainer:
                     self._evaluate(metrics)
                 if last or done % known(self.config.checkpoint.every) == 0:
                     self._save(metrics)
-            if (self.saved or 0) < self.position.step:
-                self._save(metrics)
+            self._finish_saving(metrics)
             if self.stopping:
                 name = stop.received.name if stop.received else "a signal to another rank"
                 logger.info("%s: stopped after step %d; start again to go on", name, self.position.step)
@@ -194,14 +204,18 @@ class Trainer:
             self._write(recording, len(samples.parts))
         sum_copies(self.parts.held, self.mesh)
         found = totals(self.parts.held, self.mesh, self._sums(samples.parts, nats, stop), self.config.log.zeros)
-        nats_of_all, pairs, memory, asked = found.sums
+        nats_of_all, pairs, memory, asked, written = found.sums
         loss, norm, self.stopping = nats_of_all / counted, found.norm, asked > 0
+        if self.saver.pending is not None and written >= self.mesh.world.size:
+            self._commit()
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._commit()
             raise self._diverged(step, loss, norm)
         clip(self.parts.held, norm, self.config.optimizer.clip_norm or math.inf)
         learning_rate = self._learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+        self.saver.settle()
         optimizer.step()
         optimizer.zero_grad()
         self._advance(samples)
@@ -249,13 +263,13 @@ class Trainer:
 
     def _sums(self, batch: Sequence[MicroBatch], nats: Tensor, stop: StopRequest) -> list[Tensor | float]:
         """What is added up over all ranks beside the gradient's norm: nats, pairs of tokens that see each other, bytes
-        of memory, and ranks that were asked to stop."""
+        of memory, ranks that were asked to stop, and ranks that have written their part of a checkpoint."""
         mesh, window = self.mesh, self.config.model.sliding_window
         pairs = 0
         if mesh.tensor.rank == 0 and mesh.pipeline.rank == 0:  # the others have the same micro-batches
             pairs = sum(seen_pairs(part.segments.tolist(), window) for part in batch)
         mine = nats if self.parts.passes.predicts else 0.0
-        return [mine, pairs, memory_bytes(mesh.device), float(stop.received is not None)]
+        return [mine, pairs, memory_bytes(mesh.device), float(stop.received is not None), self.saver.progress]
 
     def _diverged(self, step: int, loss: float, norm: float) -> UserError:
         where = "there is no checkpoint yet" if self.saved is None else f"the last checkpoint is of step {self.saved}"
@@ -303,7 +317,14 @@ class Trainer:
         recording.write(self.directory / TIMELINE, schedule, stages.placement, layers, micro_batches)
 
     def _save(self, metrics: Metrics | None) -> None:
-        """Writes a checkpoint."""
+        """Begins a checkpoint, which is committed after the step by which all ranks have written it, or at once."""
+        if self.saver.pending is not None:
+            started, step = time.perf_counter(), self.saver.pending
+            self._commit()
+            if not self._said_to_wait and (waited := time.perf_counter() - started) > 0.5:
+                self._said_to_wait = True
+                every = f"checkpoint.every={self.config.checkpoint.every} is too often for where they go"
+                logger.warning("waited %.1f s for the checkpoint of step %d to be written: %s", waited, step, every)
         if metrics:
             metrics.sync()
         state = {
@@ -313,27 +334,35 @@ class Trainer:
             "tokenizer": self.inputs.tokenizer.fingerprint,
             "config": self.config.model_dump(mode="json"),
         }
-        root, keep, group = self.directory / CHECKPOINTS, self.config.checkpoint.keep, self.mesh.world.group
-        checkpoint.save(root, self.position.step, list(shards(self.parts)), state, keep, group)
-        self.saved = self.position.step
+        self.saver.start(self.position.step, list(shards(self.parts)), state)
+        if not self.config.checkpoint.asynchronous:
+            self._commit()
+
+    def _commit(self) -> None:
+        """The checkpoint under way, if there is one, once all ranks have written it."""
+        if (step := self.saver.pending) is not None:
+            self.saver.commit()
+            self.saved = step
+
+    def _finish_saving(self, metrics: Metrics | None) -> None:
+        """Ends with a checkpoint of the step that was taken last."""
+        if max(self.saved or 0, self.saver.pending or 0) < self.position.step:
+            self._save(metrics)
+        self._commit()
+        self.saver.close()
 
     def _resume(self) -> None:
         """Goes to the newest intact checkpoint, if there is one."""
-        root = self.directory / CHECKPOINTS
-        group = self.mesh.world.group
-        for found in checkpoint.candidates(root, group):
-            accept = partial(refuse_another_run, found, inputs=self.inputs, batches=self.batches)
-            try:
-                saved = checkpoint.load(found, list(shards(self.parts)), group=group, accept=accept)
-            except checkpoint.DamagedCheckpoint as damage:
-                logger.warning("%s; trying the one before", damage)
-                continue
-            self.parts.publish()
-            self.position = Position(**saved["position"])
-            self.saved = self.position.step
-            logger.info("continuing from %s", found)
-            if changes := differences(saved["config"], self.config):
-                logger.info("changed since then: %s", ", ".join(changes))
+        accept = partial(refuse_another_run, inputs=self.inputs, batches=self.batches)
+        refuse = self.config.checkpoint.on_corrupt == "refuse"
+        held = list(shards(self.parts))
+        found = checkpoint.load_newest(self.saver.root, held, self.mesh.world.group, accept, refuse)
+        if found is None:
             return
-        if root.is_dir() and any(root.glob("step-*")):
-            raise UserError(f"{root}: no checkpoint is intact: choose another run.dir or remove this one")
+        place, saved = found
+        self.parts.publish()
+        self.position = Position(**saved["position"])
+        self.saved = self.position.step
+        logger.info("continuing from %s", place)
+        if changes := differences(saved["config"], self.config.model_dump(mode="json")):
+            logger.info("changed since then: %s", ", ".join(changes))

@@ -81,20 +81,21 @@ def saver() -> Iterator[Saver]:
 
 def test_a_kill_at_a_random_moment_loses_at_most_the_save_under_way(saver: Saver, tmp_path: Path) -> None:
     dice = random.Random(5)
-    done = 0
     for _ in range(20):
         pid = saver.request(tmp_path, steps=None, keep=2)
-        time.sleep(dice.uniform(0.005, 0.15))
+        first = next(saver.rest)  # however long that takes on a busy machine
+        time.sleep(dice.uniform(0.0, 0.15))
         os.kill(pid, signal.SIGKILL)
         said, ended_by = saver.finish()
         assert ended_by == signal.SIGKILL
-        done = max([done, *(int(line.removeprefix("saved ")) for line in said)])
+        done = max(int(line.removeprefix("saved ")) for line in [first, *said])
         newest = latest(tmp_path)
-        assert (newest is None and done == 0) or (newest is not None and read_consistent(newest)[0] in (done, done + 1))
+        assert newest is not None
+        assert read_consistent(newest)[0] in (done, done + 1)
         for step in steps(tmp_path):  # none that looks whole and is not
             assert read_consistent(tmp_path / f"step-{step:08d}") == (step, step)
         done = max(steps(tmp_path), default=0)
-    assert done > 20
+    assert done >= 20
     put(tmp_path, done + 1, keep=2)
     assert (steps(tmp_path), hidden(tmp_path)) == ([done, done + 1], [])
 

@@ -100,20 +100,24 @@ def test_a_file_of_another_step_is_refused(root: Path) -> None:
     assert latest(root) == root / "step-00000001"
 
 
-def test_a_file_that_changes_between_the_two_readings_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_little_memory_a_file_that_changes_between_two_readings_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = reader._read
     readings = []
 
     def read_twice(directory: Path, *rest: object) -> object:
         readings.append(directory)
-        if len(readings) == 2:
+        if len(readings) == 6:
             turn_into_zeros(directory / SHARD)
         return read(directory, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reader, "_read", read_twice)
+    monkeypatch.setattr(reader, "LEAST_BATCH", 1)
+    monkeypatch.setattr(reader, "_spare_memory", lambda ranks: 1)  # a batch for each tensor
     with pytest.raises(DamagedCheckpoint, match=SHARD):
         load(root / "step-00000002", whole(content(0)))
-    assert len(readings) == 2
+    assert len(readings) == 6
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankError, run_ranks
 
-from megalm.checkpoint import DamagedCheckpoint, Shard, candidates, latest, load, read_manifest, save, whole
+from megalm import checkpoint
+from megalm.checkpoint import DamagedCheckpoint, Shard, latest, load, read_manifest, save, whole
 from megalm.checkpoint.ranks import together
 from megalm.errors import UserError
 
@@ -59,16 +60,16 @@ def load_newest(root: Path) -> tuple[str, bool]:
     """The checkpoint that this rank ends with, and whether all of its shards are that one's."""
     rank, ranks, group = whoami()
     mine = rows(0, rank, ranks)
-    for directory in candidates(root, group):
-        try:
-            load(directory, mine, group=group)
-        except DamagedCheckpoint:
-            assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(mine, rows(0, rank, ranks), strict=True))
-        else:
-            expected = rows(read_manifest(directory).step, rank, ranks)
-            equal = all(torch.equal(a.tensor, b.tensor) for a, b in zip(mine, expected, strict=True))
-            return directory.name, equal
-    return "", False
+
+    def unchanged(found: Any, state: dict[str, Any]) -> None:
+        assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(mine, rows(0, rank, ranks), strict=True))
+
+    found = checkpoint.load_newest(root, mine, group, unchanged)
+    assert found is not None
+    directory, _ = found
+    expected = rows(read_manifest(directory).step, rank, ranks)
+    equal = all(torch.equal(a.tensor, b.tensor) for a, b in zip(mine, expected, strict=True))
+    return directory.name, equal
 
 
 @pytest.mark.parametrize(("savers", "loaders"), [(1, 3), (3, 2), (4, 4)])

@@ -64,7 +64,7 @@ def stretch(raw: dict[str, Any], directory: Path, steps: int) -> Curve:
     """One rank's part of some steps of a run, which goes on from the checkpoint in its directory and ends with one."""
     trainer = trainer_of(raw, directory)
     curve = steps_of(trainer, steps)
-    trainer._save(None)
+    trainer._finish_saving(None)
     return curve
 
 

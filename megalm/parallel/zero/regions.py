@@ -32,7 +32,7 @@ class Region:
     size: tuple[int, ...]
     """The first may be 0."""
     primary: bool
-    """Whether this rank is the one, of those that hold the same box, that counts and saves it."""
+    """Whether this rank is the one, of those that hold the same box, that counts it."""
 
     @property
     def count(self) -> int:
