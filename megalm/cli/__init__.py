@@ -19,7 +19,22 @@ from typing import Annotated
 import typer
 
 import megalm
-from megalm.cli import config, curate, data, env, evaluate, generate, inspect, merge, plan, tokenizer, trace, train
+from megalm.cli import (
+    config,
+    curate,
+    data,
+    env,
+    evaluate,
+    export,
+    generate,
+    import_,
+    inspect,
+    merge,
+    plan,
+    tokenizer,
+    trace,
+    train,
+)
 from megalm.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -41,6 +56,8 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("export")(export.export)
+app.command("import")(import_.import_)
 app.command("env")(env.env)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,6 +59,8 @@ class Inputs:
     needs: list[Need]
     device: torch.device
     stages: Stages
+    initial: Path | None = None
+    """The checkpoint that a new run takes its weights from."""
 
 
 @dataclass(frozen=True)

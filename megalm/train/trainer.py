@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 
 import megalm
 from megalm import checkpoint
+from megalm.checkpoint.weights import PREFIX
 from megalm.config import Config, to_yaml
 from megalm.config.batches import plan_batches
 from megalm.config.sections import Run, known
@@ -47,7 +48,7 @@ from megalm.train.device import DTYPES, memory_bytes, peak_flops
 from megalm.train.evaluate import evaluation_line, score_sources
 from megalm.train.metrics import Metrics
 from megalm.train.progress import Terminal, summary
-from megalm.train.resume import differences, refuse_another_run
+from megalm.train.resume import differences, initial_checkpoint, refuse_another_run
 from megalm.train.run_directory import CHECKPOINTS, check_directory, describe, opened
 from megalm.train.signals import StopRequest
 from megalm.train.state import shards
@@ -79,7 +80,7 @@ def run(load: Callable[[], Config], process: Process, stop: StopRequest, dry_run
     def prepare() -> Inputs:
         inputs = build_inputs(load(), process)
         check_directory(Path(inputs.config.run.dir))
-        return inputs
+        return replace(inputs, initial=initial_checkpoint(inputs))
 
     world, chief = World(process), process.rank == 0
     inputs = world.agree(prepare, facts, Run.model_fields["timeout"].default)
@@ -106,6 +107,7 @@ def facts(inputs: Inputs) -> dict[str, str]:
         "data": inputs.loader.fingerprint,
         "tokenizer": inputs.tokenizer.fingerprint,
         "plan of stages": str(inputs.stages),
+        "run.init_from": checkpoint.read_manifest(inputs.initial).checksum if inputs.initial else "",
         "kind of device": inputs.device.type,
         "version of megalm": megalm.__version__,
         "version of torch": torch.__version__,
@@ -318,7 +320,7 @@ class Trainer:
         self.saved = self.position.step
 
     def _resume(self) -> None:
-        """Goes to the newest intact checkpoint, if there is one."""
+        """Goes to the newest intact checkpoint, or takes the weights that a new run is to begin with."""
         root = self.directory / CHECKPOINTS
         group = self.mesh.world.group
         for found in checkpoint.candidates(root, group):
@@ -337,3 +339,10 @@ class Trainer:
             return
         if root.is_dir() and any(root.glob("step-*")):
             raise UserError(f"{root}: no checkpoint is intact: choose another run.dir or remove this one")
+        if self.inputs.initial:
+            mine = [shard for shard in shards(self.parts) if shard.name.startswith(PREFIX)]
+            state = checkpoint.load(self.inputs.initial, mine, PREFIX, group)
+            self.parts.publish()
+            logger.info("a new run with the weights of %s", self.inputs.initial)
+            if state["tokenizer"] not in (None, self.inputs.tokenizer.fingerprint):
+                logger.warning("these came with another tokenizer file: do its ids mean the same as this run's?")
