@@ -101,11 +101,15 @@ def _byte_level(ranks: Mapping[bytes, int], specials: Mapping[str, int], pattern
     """Bytes are spelled by letters (GPT-2's `bytes_to_unicode`), and a word that is a token is one at once."""
     letters = _letters()
     spelled = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    merges = _merges(spelled)
     bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    # Oniguruma takes {1,3}+ for a repetition of {1,3}, not for a possessive one; ++, *+ and ?+ mean the same in both.
+    regex = (pattern or "").replace("}+", "}")
+    cut = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
     words = [cut, bytes_alone] if pattern else [bytes_alone]
     return _json(
-        {"type": "BPE", "vocab": spelled, "merges": _merges(spelled), "ignore_merges": True},
+        # Special tokens are in the vocabulary, too, since ids of others count on from its size.
+        {"type": "BPE", "vocab": {**spelled, **specials}, "merges": merges, "ignore_merges": pattern is not None},
         specials,
         pre_tokenizer={"type": "Sequence", "pretokenizers": words},
         decoder=bytes_alone,
