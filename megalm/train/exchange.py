@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megalm.checkpoint import complete
 from megalm.checkpoint.huggingface import export_weights, model_card, read_config, read_weights, to_config
@@ -115,16 +116,27 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def import_(source: Path, output: Path, say: Callable[[str], None]) -> str:
-    """Writes `output`, a directory that `run.init_from` takes, from one in Hugging Face's form. Returns its
-    config.yaml: the sections that follow from the model.
+    """Writes `output`, which `run.init_from` takes, from a directory in Hugging Face's form. Returns its config.yaml.
 
     Raises UserError; then nothing is left.
     """
     architecture, model = read_config(source)
+
+    def read(scratch: Path) -> dict[str, Tensor]:
+        return read_weights(source, architecture, shapes(model), scratch)
+
+    return start_from(model, read, source, output, say)
+
+
+def start_from(
+    model: Model, read: Callable[[Path], dict[str, Tensor]], source: Path, output: Path, say: Callable[[str], None]
+) -> str:
+    """Writes `output`, a directory that `run.init_from` takes, with the parameters that `read` gives when it is told
+    where its files may lie, and the tokenizer in `source`. Returns its config.yaml: what follows from the model."""
     with new_directory(output, NOTHING_OURS, overwrite=False) as directory:
         scratch = directory / "scratch"
         scratch.mkdir()
-        tensors = read_weights(source, architecture, shapes(model), scratch)
+        tensors = read(scratch)
         tokenizer = _copy_tokenizer(source, directory / "tokenizer", say)
         fingerprint = load_tokenizer(str(tokenizer)).fingerprint if tokenizer else None
         save_model(directory / CHECKPOINTS, model, tensors, str(source), fingerprint)

@@ -36,11 +36,23 @@ def read_config(directory: Path) -> tuple[Architecture, Model]:
 def read_weights(
     directory: Path, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], scratch: Path
 ) -> dict[str, Tensor]:
-    """Our parameters, which have these `shapes`, from their files. `scratch` must last as long as what is returned.
+    """Our parameters, which have these `shapes`, from their files; see `taken_over`."""
+    return taken_over(_tensors(directory), architecture, shapes, scratch, directory)
+
+
+def taken_over(
+    tensors: Iterator[tuple[str, Tensor]],
+    architecture: Architecture,
+    shapes: Mapping[str, tuple[int, ...]],
+    scratch: Path,
+    directory: Path,
+) -> dict[str, Tensor]:
+    """Our parameters, which have these `shapes`, from their names and tensors. `scratch` must last as long as what is
+    returned; `directory` names them in errors.
 
     Raises UserError for what is missing, too many, of another shape or no float.
     """
-    theirs = _named(_tensors(directory), shapes, architecture, directory)
+    theirs = _named(tensors, shapes, architecture, directory)
     ours: dict[str, Tensor] = {}
     for entry in entries(shapes, architecture):
         if entry.theirs not in theirs:
