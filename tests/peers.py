@@ -1,39 +1,45 @@
-"""What our parameters are called elsewhere."""
+"""Models to compare with transformers', and what our parameters are called there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import transformers
 from torch import Tensor
 
+from megalm.checkpoint.huggingface.architectures import LLAMA
+from megalm.checkpoint.huggingface.names import their_name
 from megalm.config.sections import Model
-
-LLAMA_NAMES = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "final_norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-    "attention_norm": "input_layernorm",
-    "feed_forward_norm": "post_attention_layernorm",
-    "attention.query_norm": "self_attn.q_norm",
-    "attention.key_norm": "self_attn.k_norm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
+from megalm.model.init import initialise
+from megalm.model.transformer import Transformer
 
 
 def llama_name(name: str) -> str:
     """The name in transformers' Llama, Qwen and Mistral of our parameter `name`."""
-    if name in LLAMA_NAMES:
-        return LLAMA_NAMES[name]
-    _, number, rest = name.split(".", 2)
-    module, _, kind = rest.rpartition(".")
-    return f"model.layers.{number}.{LLAMA_NAMES[module]}.{kind}"
+    return their_name(name, LLAMA)
+
+
+def randomised(config: Model) -> Transformer:
+    """With large weights, and norms and biases off their initial ones and zeros."""
+    model = Transformer(config)
+    initialise(model, seed=7)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            else:
+                parameter *= 3
+    return model
+
+
+def our_logits(model: Transformer, tokens_BS: Tensor) -> Tensor:
+    """[B, S, V]."""
+    batch, length = tokens_BS.shape
+    positions_T = torch.arange(length).repeat(batch)
+    ends = torch.arange(0, batch * length + 1, length, dtype=torch.int32)
+    return model.logits(model.hidden(tokens_BS.flatten(), positions_T, ends)).view(batch, length, -1)
 
 
 def llama(shape: Model, values: Mapping[str, Tensor]) -> transformers.LlamaForCausalLM:

@@ -26,7 +26,9 @@ from megalm.cli import (
     data,
     env,
     evaluate,
+    export,
     generate,
+    import_,
     inspect,
     merge,
     plan,
@@ -56,6 +58,8 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("export")(export.export)
+app.command("import")(import_.import_)
 app.command("env")(env.env)
 
 

@@ -37,6 +37,9 @@ class Section(BaseModel):
 class Run(Section):
     dir: FilePath
     """Run directory: config, metrics, log, TensorBoard events and checkpoints go there."""
+    init_from: FilePath | None = None
+    """Where the weights of a new run are from: what `megalm import` wrote, another run's directory, or a checkpoint.
+    Optimizer, schedule and data start anew; a run that has a checkpoint of its own goes on from that."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """Seed of the initialisation and of the order of samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -96,9 +96,10 @@ def merged(under: Raw, over: Raw) -> Raw:
     return both
 
 
-def to_yaml(config: Config) -> str:
-    """The config as YAML, in the order of its sections; loading it gives an equal config."""
-    document = _Dumper(StringIO(), sort_keys=False).represent_data(config.model_dump(mode="json"))
+def to_yaml(config: Config | Raw) -> str:
+    """The config, or some of its sections, as YAML in their order; loading it gives an equal config."""
+    sections = config.model_dump(mode="json") if isinstance(config, Config) else config
+    document = _Dumper(StringIO(), sort_keys=False).represent_data(sections)
     for _, section in document.value:
         section.flow_style = False
         for _, value in section.value:

@@ -64,25 +64,25 @@ class TiktokenTokenizer(Tokenizer):
             raise UserError(
                 f"{source}: .tiktoken files need tiktoken: install it with `pip install 'megalm[tiktoken]'`"
             ) from None
-        self._ranks = _parse(content, source)
+        self.ranks = _parse(content, source)
         specials = scheme.special_tokens
         self.eod = next((specials[text] for text in WELL_KNOWN_EODS if text in specials), -1)
         if self.eod < 0:
             raise UserError(f"{source}: no end-of-document token: name one of {', '.join(WELL_KNOWN_EODS[:3])} in it")
         if not all(0 <= number < 2**31 for number in specials.values()):
             raise UserError(f"{source}: the id of a special token is not from 0 to {2**31 - 1}")
-        taken = set(self._ranks.values()).intersection(specials.values())
+        taken = set(self.ranks.values()).intersection(specials.values())
         if taken:
             raise UserError(
                 f"{source}: id {min(taken)} is a special token's and another's: these do not belong together"
             )
         try:
             self._encoding = tiktoken.Encoding(
-                source.stem, pat_str=scheme.pattern, mergeable_ranks=self._ranks, special_tokens=specials
+                source.stem, pat_str=scheme.pattern, mergeable_ranks=self.ranks, special_tokens=specials
             )
         except ValueError as error:
             raise UserError(f"{source}: its pattern is none ({' '.join(str(error).split())})") from None
-        self.vocab_size = max(*self._ranks.values(), *specials.values()) + 1
+        self.vocab_size = max(*self.ranks.values(), *specials.values()) + 1
         self.special_tokens = tuple(specials)
         self.content, self.scheme, self._source = content, scheme, source
         about = json.dumps([scheme.pattern, specials], sort_keys=True).encode()
@@ -101,12 +101,12 @@ class TiktokenTokenizer(Tokenizer):
 
     def _bytes(self) -> dict[int, bytes]:
         if not hasattr(self, "_spelled"):
-            self._spelled = {rank: token for token, rank in self._ranks.items()}
+            self._spelled = {rank: token for token, rank in self.ranks.items()}
         return self._spelled
 
     def _byte_lengths(self) -> np.ndarray:
         lengths = np.zeros(self.vocab_size, np.int64)
-        for token, rank in self._ranks.items():
+        for token, rank in self.ranks.items():
             lengths[rank] = len(token)
         return lengths
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megalm.checkpoint import Place
 from megalm.config.deepspeed import engine_settings
 from megalm.config.sections import Config, Model, Parallel, known
 from megalm.data.loader import Loader, MicroBatch
@@ -59,6 +60,8 @@ class Inputs:
     needs: list[Need]
     device: torch.device
     stages: Stages
+    initial: Place | None = None
+    """The checkpoint that a new run takes its weights from."""
 
 
 @dataclass(frozen=True)

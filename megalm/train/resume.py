@@ -1,16 +1,22 @@
-"""Whether a run may go on from a checkpoint: only if it goes on as the same run."""
+"""Whether a run may go on from a checkpoint: only if it goes on as the same run. And what a new one may begin with: the
+weights of any checkpoint of the same model."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint import Place
+from megalm.checkpoint import Place, read_manifest
+from megalm.checkpoint.places import names
+from megalm.checkpoint.weights import model_section
 from megalm.config.batches import BatchPlan
 from megalm.config.sections import known
 from megalm.errors import UserError
 from megalm.train.build import Inputs
+from megalm.train.run_directory import checkpoints_of, find_checkpoint
 
 NOT_THE_MODEL = ("model.preset:", "model.z_loss:", "model.init_std:")  # keys that do not change what a model computes
+OF_TRAINING = tuple(f"model.{key}:" for key in ("attention", "dropout", "document_attention", "label_smoothing"))
 
 
 def refuse_another_run(found: Place, saved: dict[str, Any], inputs: Inputs, batches: BatchPlan) -> None:
@@ -42,6 +48,31 @@ def refuse_another_run(found: Place, saved: dict[str, Any], inputs: Inputs, batc
             f"batches ({', '.join(changes)}): continue with the same batch.global_size and batch.ramp, or choose "
             "another run.dir"
         )
+
+
+def initial_checkpoint(inputs: Inputs) -> Place | None:
+    """What `run.init_from` names, if the run has no checkpoint of its own. Raises UserError unless it is of the same
+    model; sequences may be longer than they were, where positions are no parameters."""
+    config = inputs.config
+    path, own = config.run.init_from, checkpoints_of(config, Path(config.run.dir))
+    if path is None or any(name.startswith("step-") for name in names(own)):
+        return None
+    if Path(path, "config.json").exists():
+        raise UserError(f"run.init_from={path}: is in Hugging Face's form: name what `megalm import` makes of it")
+    try:
+        found = find_checkpoint(Path(path))
+        state = read_manifest(found).state
+    except UserError as error:
+        raise UserError(f"run.init_from={error}") from None
+    may_differ = NOT_THE_MODEL + OF_TRAINING + (("model.max_positions:",) if config.model.position == "rope" else ())
+    changes = differences({"model": model_section(state)}, config.model_dump(mode="json"))
+    model = [change for change in changes if change.startswith("model.") and not change.startswith(may_differ)]
+    if model:
+        raise UserError(
+            f"run.init_from={path}: is of another model ({', '.join(model)}): give the model section what it has "
+            "there, or leave run.init_from out"
+        )
+    return found
 
 
 def _changed_sources(saved: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalm.checkpoint import Place, latest, load, place, read_manifest, whole
 from megalm.checkpoint.places import names
@@ -163,22 +164,39 @@ def load_model(path: Path) -> TrainedModel:
     """The model of the checkpoint that `path` names. It is put on a GPU if there is one, wherever it was trained."""
     checkpoint = find_checkpoint(path)
     state = read_manifest(checkpoint).state
+    if "config" not in state:
+        raise UserError(f"{path}: holds an imported model and no run: train from it, with run.init_from={path}")
     config = resolve(state["config"], world_size=None)
-    run = path
-    if isinstance(checkpoint, Path) and not (path / "config.yaml").is_file():
-        run = checkpoint.resolve().parents[1]
-    copied = run / "tokenizer"
-    tokenizer_path = _tokenizer_path(copied) if copied.is_dir() else config.tokenizer.path
-    tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.fingerprint != state["tokenizer"]:
-        raise UserError(
-            f"{tokenizer_path}: is not the tokenizer that {checkpoint} was trained with: put that one there, or keep "
-            "the checkpoint in its run directory, which holds a copy"
-        )
+    tokenizer = tokenizer_of(run_of(path, checkpoint), checkpoint, state)
+    assert tokenizer is not None, "a run has one"
     model = build_model(config.model, pick_device("auto"), DTYPES[config.precision.compute])
     load(checkpoint, whole({f"model.{name}": p for name, p in model.named_parameters()}), prefix="model.")
     sources = {fingerprint: name for name, fingerprint in state["sources"].items()}
     return TrainedModel(config, tokenizer, model.requires_grad_(False), sources)
+
+
+def run_of(path: Path, checkpoint: Place) -> Path:
+    """The directory of the run of a checkpoint that was found at `path`."""
+    if isinstance(checkpoint, Path) and not (path / "config.yaml").is_file():
+        return checkpoint.resolve().parents[1]
+    return path
+
+
+def tokenizer_of(run: Path, checkpoint: Place, state: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer that goes with a checkpoint: the copy in its run's directory, or the original; None if a model was
+    imported without one. Raises UserError if it is another than then."""
+    copied = run / "tokenizer"
+    if state["tokenizer"] is None:
+        return None
+    original = state["config"]["tokenizer"]["path"] if "config" in state else str(copied)
+    path = _tokenizer_path(copied) if copied.is_dir() else original
+    tokenizer = load_tokenizer(path)
+    if tokenizer.fingerprint != state["tokenizer"]:
+        raise UserError(
+            f"{path}: is not the tokenizer that {checkpoint} was trained with: put that one there, or keep "
+            "the checkpoint in its run directory, which holds a copy"
+        )
+    return tokenizer
 
 
 def _tokenizer_path(copied: Path) -> str:

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 
 import megalm
 from megalm import checkpoint
+from megalm.checkpoint.weights import PREFIX
 from megalm.config import Config, to_yaml
 from megalm.config.batches import plan_batches
 from megalm.config.sections import Run, known
@@ -47,7 +48,7 @@ from megalm.train.device import DTYPES, memory_bytes, peak_flops
 from megalm.train.evaluate import evaluation_line, score_sources
 from megalm.train.metrics import Metrics
 from megalm.train.progress import Terminal, summary
-from megalm.train.resume import differences, refuse_another_run
+from megalm.train.resume import differences, initial_checkpoint, refuse_another_run
 from megalm.train.run_directory import check_directory, checkpoints_of, describe, opened
 from megalm.train.signals import StopRequest
 from megalm.train.state import shards
@@ -80,7 +81,7 @@ def run(load: Callable[[], Config], process: Process, stop: StopRequest, dry_run
         inputs = build_inputs(load(), process)
         check_directory(directory := Path(inputs.config.run.dir))
         checkpoints_of(inputs.config, directory)
-        return inputs
+        return replace(inputs, initial=initial_checkpoint(inputs))
 
     world, chief = World(process), process.rank == 0
     inputs = world.agree(prepare, facts, Run.model_fields["timeout"].default)
@@ -107,6 +108,7 @@ def facts(inputs: Inputs) -> dict[str, str]:
         "data": inputs.loader.fingerprint,
         "tokenizer": inputs.tokenizer.fingerprint,
         "plan of stages": str(inputs.stages),
+        "run.init_from": checkpoint.read_manifest(inputs.initial).checksum if inputs.initial else "",
         "kind of device": inputs.device.type,
         "version of megalm": megalm.__version__,
         "version of torch": torch.__version__,
@@ -352,12 +354,13 @@ class Trainer:
         self.saver.close()
 
     def _resume(self) -> None:
-        """Goes to the newest intact checkpoint, if there is one."""
+        """Goes to the newest intact checkpoint, or takes the weights that a new run is to begin with."""
         accept = partial(refuse_another_run, inputs=self.inputs, batches=self.batches)
         refuse = self.config.checkpoint.on_corrupt == "refuse"
-        held = list(shards(self.parts))
-        found = checkpoint.load_newest(self.saver.root, held, self.mesh.world.group, accept, refuse)
+        held, group = list(shards(self.parts)), self.mesh.world.group
+        found = checkpoint.load_newest(self.saver.root, held, group, accept, refuse)
         if found is None:
+            self._begin_with_weights(held)
             return
         place, saved = found
         self.parts.publish()
@@ -366,3 +369,13 @@ class Trainer:
         logger.info("continuing from %s", place)
         if changes := differences(saved["config"], self.config.model_dump(mode="json")):
             logger.info("changed since then: %s", ", ".join(changes))
+
+    def _begin_with_weights(self, held: list[checkpoint.Shard]) -> None:
+        if self.inputs.initial is None:
+            return
+        mine = [shard for shard in held if shard.name.startswith(PREFIX)]
+        state = checkpoint.load(self.inputs.initial, mine, PREFIX, self.mesh.world.group)
+        self.parts.publish()
+        logger.info("a new run with the weights of %s", self.inputs.initial)
+        if state["tokenizer"] not in (None, self.inputs.tokenizer.fingerprint):
+            logger.warning("these came with another tokenizer file: do its ids mean the same as this run's?")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import json
 import pickle
 from pathlib import Path
@@ -10,6 +9,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
+from tiktoken_files import write_ranks
 
 from megalm.data.prepare import prepare
 from megalm.data.tiktoken_file import SCHEMES
@@ -26,18 +26,6 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists
     st.sampled_from([*CORPUS, " ", "  \n\n", "<|endoftext|>", "'S", "12345", "e\u0301", "Ab", "aB/", "\t\r\n"]),
     max_size=6,
 ).map("".join)
-
-
-def write_ranks(tokenizer: Path, path: Path) -> Path:
-    """The byte-pair encoding of a byte-level tokenizer.json as a .tiktoken file."""
-    vocabulary = json.loads(tokenizer.read_bytes())["model"]["vocab"]
-    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's alphabet writes as themselves
-    others = [byte for byte in range(256) if byte not in letters]
-    spelled = {chr(byte): byte for byte in letters} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    tokens = [token for token in sorted(vocabulary, key=vocabulary.__getitem__) if token != "<|endoftext|>"]
-    lines = [f"{base64.b64encode(bytes(map(spelled.get, token))).decode()} {i}\n" for i, token in enumerate(tokens)]  # type: ignore[arg-type]
-    path.write_text("".join(lines))
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from peers import llama_name
+from peers import llama_name, randomised
 
+from megalm.checkpoint.huggingface.architectures import GPT
+from megalm.checkpoint.huggingface.names import entries
 from megalm.config.sections import Model, RopeScaling
-from megalm.model.init import initialise
-from megalm.model.transformer import ModelInputs, Transformer
+from megalm.model.transformer import ModelInputs
 
 VOCAB, LENGTH, BATCH = 211, 48, 3
 BASE = {
@@ -25,19 +26,6 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
-
-
-def randomised(config: Model) -> Transformer:
-    model = Transformer(config)
-    initialise(model, seed=7)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms and biases off their initial ones and zeros
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-            else:
-                parameter *= 3
-    return model
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,27 +97,10 @@ def test_gpt2_is_a_configuration() -> None:
         transformers.GPT2Config(n_layer=3, n_embd=64, n_head=4, n_positions=128, vocab_size=VOCAB)
     ).eval()
     ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    weights = {
-        "transformer.wte.weight": ours["embedding.weight"],
-        "lm_head.weight": ours["embedding.weight"],
-        "transformer.wpe.weight": ours["position_embedding.weight"],
-        "transformer.ln_f.weight": ours["final_norm.weight"],
-        "transformer.ln_f.bias": ours["final_norm.bias"],
-    }
-    for i in range(3):
-        there, here = f"transformer.h.{i}", f"layers.{i}"
-        for kind in ("weight", "bias"):
-            weights[f"{there}.ln_1.{kind}"] = ours[f"{here}.attention_norm.{kind}"]
-            weights[f"{there}.ln_2.{kind}"] = ours[f"{here}.feed_forward_norm.{kind}"]
-            qkv = torch.cat([ours[f"{here}.attention.{part}.{kind}"] for part in ("query", "key", "value")])
-            pairs = {
-                "attn.c_attn": qkv,
-                "attn.c_proj": ours[f"{here}.attention.output.{kind}"],
-                "mlp.c_fc": ours[f"{here}.feed_forward.up.{kind}"],
-                "mlp.c_proj": ours[f"{here}.feed_forward.down.{kind}"],
-            }
-            for name, value in pairs.items():
-                weights[f"{there}.{name}.{kind}"] = value.t() if kind == "weight" else value
+    weights = {"lm_head.weight": ours["embedding.weight"]}
+    for entry in entries(ours, GPT):
+        value = torch.cat([ours[name] for name in entry.ours])
+        weights[entry.theirs] = value.t() if entry.transposed and value.ndim == 2 else value
     peer.load_state_dict(weights, strict=True)
     tokens_BS, positions_T, segments = inputs()
     logits_TV = model.logits(model.hidden(tokens_BS.flatten(), positions_T, segments))
