@@ -1,4 +1,4 @@
-"""A run's directory, and finding a model in it again.
+"""A run's directory, and finding what is in it again.
 
 runs/tiny/config.yaml        resolved        tokenizer/       a copy of what text was encoded with
           metrics.jsonl      numbers         tensorboard/     the same
@@ -13,18 +13,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.checkpoint import latest, load, read_manifest, whole
-from megalm.config import Config, resolve, to_yaml
+from megalm.checkpoint import latest
+from megalm.config import Config, to_yaml
 from megalm.data.tokenizer import FILES, RECORD, Tokenizer, load_tokenizer
 from megalm.errors import UserError
 from megalm.files import write_atomic
 from megalm.locks import lock
-from megalm.model.transformer import Transformer
-from megalm.train.build import build_model
-from megalm.train.device import DTYPES, pick_device
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER_FILES = (RECORD, *FILES.values())
@@ -133,34 +129,17 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """A checkpoint's model, and what it was trained with."""
-
-    config: Config
-    tokenizer: Tokenizer
-    model: Transformer
-    sources: dict[str, str]
-    """Names of the run's sources by the fingerprints of their data."""
-
-
-def load_model(path: Path) -> TrainedModel:
-    """The model of the checkpoint that `path` names. It is put on a GPU if there is one, wherever it was trained."""
-    checkpoint = find_checkpoint(path).resolve()
-    state = read_manifest(checkpoint).state
-    config = resolve(state["config"], world_size=None)
+def load_run_tokenizer(checkpoint: Path, path: str, fingerprint: str) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with: the copy in its run directory, or else what `path` names."""
     copied = checkpoint.parent.parent / "tokenizer"
-    tokenizer_path = _tokenizer_path(copied) if copied.is_dir() else config.tokenizer.path
-    tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.fingerprint != state["tokenizer"]:
+    found = _tokenizer_path(copied) if copied.is_dir() else path
+    tokenizer = load_tokenizer(found)
+    if tokenizer.fingerprint != fingerprint:
         raise UserError(
-            f"{tokenizer_path}: is not the tokenizer that {checkpoint} was trained with: put that one there, or keep "
+            f"{found}: is not the tokenizer that {checkpoint} was trained with: put that one there, or keep "
             "the checkpoint in its run directory, which holds a copy"
         )
-    model = build_model(config.model, pick_device("auto"), DTYPES[config.precision.compute])
-    load(checkpoint, whole({f"model.{name}": p for name, p in model.named_parameters()}), prefix="model.")
-    sources = {fingerprint: name for name, fingerprint in state["sources"].items()}
-    return TrainedModel(config, tokenizer, model.requires_grad_(False), sources)
+    return tokenizer
 
 
 def _tokenizer_path(copied: Path) -> str:
