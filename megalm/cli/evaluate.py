@@ -44,7 +44,7 @@ def evaluate(
     ] = None,
     task_folder: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="YAML files of more benchmarks.", show_default=False),
+        typer.Option(exists=True, file_okay=False, help="YAML files to take benchmarks from.", show_default=False),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Of each benchmark so many questions.", show_default=False)
@@ -98,7 +98,7 @@ def evaluate(
             lines = [(task, metric, _with_error(value, error)) for task, metric, value, error in results]
             show.table("lm-eval", lines, ("task", "metric", "value"))
 
-    return in_processes(nproc, context, work)
+    return in_processes(checkpoint, nproc, settings, context, work)
 
 
 def _row(name: str, part: str, sequences: str, score: Score) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ def generate(
             else:
                 _lines(trained, asked, sampling)
 
-    return in_processes(nproc, context, work)
+    return in_processes(checkpoint, nproc, settings, context, work)
 
 
 def _stream(trained: TrainedModel, asked: tuple[str, list[int]], sampling: Sampling) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,9 +29,15 @@ Settings = Annotated[
 ]
 
 
-def in_processes(nproc: int | None, context: typer.Context, work: Callable[[Process], None]) -> int:
+def in_processes(
+    checkpoint: Path,
+    nproc: int | None,
+    settings: Sequence[str] | None,
+    context: typer.Context,
+    work: Callable[[Process], None],
+) -> int:
     """`work` in this process or, if there shall be several and no launcher has made them, the same command in each."""
-    from megalm.launch.ranks import who_am_i
+    from megalm.launch.ranks import Process, who_am_i
 
     process = who_am_i(os.environ)
     if nproc in (None, process.size):
@@ -41,5 +47,7 @@ def in_processes(nproc: int | None, context: typer.Context, work: Callable[[Proc
         raise UserError(f"--nproc={nproc}: another launcher has started {process.size} processes: leave it out")
 
     from megalm.launch.local import start_local
+    from megalm.train.trained import find_model
 
+    find_model(checkpoint, Process(size=nproc or 1), settings or ())  # mistakes show at once
     return start_local(nproc or 1, context.find_root().obj, "megalm")

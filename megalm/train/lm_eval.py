@@ -85,10 +85,14 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
 def run_tasks(
     trained: TrainedModel, tasks: Sequence[str], folder: Path | None, limit: int | None
 ) -> Iterable[tuple[str, str, float, float | None]]:
-    """(task, metric, value, standard error) of the harness's `tasks`, and those of YAML files in `folder`."""
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise UserError(f"--task {unknown[0]}: lm-eval has no such task: see lm_eval ls tasks, or give --task-folder")
+    """(task, metric, value, standard error) of the harness's `tasks`, or of those of the YAML files in `folder`."""
+    manager = TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            where = (
+                "see `lm_eval ls tasks`" if folder is None else f"{folder} has {', '.join(manager.all_tasks) or 'none'}"
+            )
+            raise UserError(f"--task {task}: there is no such benchmark: {where}")
     found = simple_evaluate(MegalmLM(trained), tasks=list(tasks), task_manager=manager, limit=limit)
     assert found is not None
     for task, values in found["results"].items():
