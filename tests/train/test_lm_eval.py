@@ -89,7 +89,7 @@ def test_a_task_of_its_format_scores_as_the_built_in_choices_do(
     records = [
         {
             "context": f"a: number {n} is" + " " * (n % 2),
-            "choices": [" b", longer[n % 4], longer[n % 3]],
+            "choices": [" b", more[n % 4], more[n % 3]],
             "answer": n % 2,
         }
         for n in range(12)
