@@ -177,8 +177,8 @@ def continuations(trained: TrainedModel, prompts: Sequence[Sequence[int]], sampl
         yield from write(trained.passes, trained.tokenizer, documents, sampling)
 
 
-def encode_prompt(saved: SavedModel, where: str, prompt: str, max_new_tokens: int, read: int = 0) -> list[int]:
-    """The prompt's tokens. Raises UserError if there are none, or too many after the `read` ones before it."""
+def encode_prompt(saved: SavedModel, where: str, prompt: str, max_new_tokens: int, before: int = 0) -> list[int]:
+    """The prompt's tokens. Raises UserError if there are none, or too many after those `before` it."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -186,7 +186,7 @@ def encode_prompt(saved: SavedModel, where: str, prompt: str, max_new_tokens: in
     ids = saved.tokenizer.encode(prompt)
     if not ids:
         raise UserError(f"{where} is empty: give at least one character to continue")
-    limit, length = saved.positions, read + len(ids)
+    limit, length = saved.positions, before + len(ids)
     if length > limit:
         raise UserError(f"{where} makes {length} tokens, more than model.max_positions={limit}: shorten it")
     if saved.config.model.position == "learned" and length + max_new_tokens > limit:

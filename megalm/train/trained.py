@@ -129,9 +129,7 @@ def _to_be_read(config: dict[str, Any], overrides: Sequence[str], processes: int
         "parallel": layout if processes > 1 else {},
         "deepspeed": {},
     }
-    raw = apply_overrides(raw, overrides)
-    raw["parallel"]["sequence_sharding"] = False  # documents may be of any length
-    return raw
+    return apply_overrides(raw, [*overrides, "parallel.sequence_sharding=false"])  # documents may be of any length
 
 
 def _facts(found: tuple[SavedModel, object]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from layout_runs import settings
 from ranks import run_ranks
@@ -136,6 +137,21 @@ def test_the_commands_run_in_several_processes_and_say_all_once(
         assert len(alone) > 20
     first, _, _, again, _ = alone.split("\n")
     assert first == again, "an empty line starts anew"
+
+
+def test_weights_kept_in_bfloat16_give_the_bits_of_those_cast_in_each_pass(
+    data: Path, trained_runs: dict[str, Path]
+) -> None:
+    run = run_of("tied, qk norm, window", data, trained_runs)
+    narrow = load_model(find_model(run, overrides=["precision.compute=bfloat16"]))
+    wide = load_model(find_model(run))
+    [ours], [theirs] = narrow.passes.stages.values(), wide.passes.stages.values()
+    theirs.compute = torch.bfloat16
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16, torch.float32}
+    tokens = torch.arange(32)
+    with torch.no_grad():
+        logits = [model.logits(model.hidden(tokens, tokens, torch.tensor([0, 32]))) for model in (ours, theirs)]
+    assert torch.equal(*logits)
 
 
 def test_a_layout_that_does_not_fit_is_a_line_that_says_what_would(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +15,24 @@ from peers import llama_name
 
 from megalm.config.sections import Model
 from megalm.data.tokenizer import ByteTokenizer
+from megalm.errors import UserError
 from megalm.model.init import initialise
 from megalm.model.transformer import Transformer
 from megalm.train import packed
-from megalm.train.generate import Piece, Sampling, Text, document, next_tokens, sample, write
+from megalm.train.converse import Conversation
+from megalm.train.generate import (
+    Piece,
+    Sampling,
+    Text,
+    document,
+    encode_prompt,
+    next_tokens,
+    read_prompts,
+    sample,
+    write,
+)
 from megalm.train.passes import Passes
+from megalm.train.trained import TrainedModel
 
 SHAPE = {
     "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "ffn_size": 80,
@@ -166,3 +181,56 @@ def test_a_text_ends_where_the_first_stop_begins_however_tokens_cut_it(text: str
     places = [prefix.find(s) for s in stop if s in prefix]
     assert shown == text[: min(places, default=len(text))]
     assert spoken.stopped == bool(places) == any(s in text for s in stop)
+
+
+def stand_in(model: Transformer, **changes: object) -> TrainedModel:
+    """A model of bytes as if it came from a checkpoint."""
+    config = SimpleNamespace(model=model.config, run=SimpleNamespace(timeout=60.0))
+    saved = SimpleNamespace(tokenizer=ByteTokenizer(), positions=model.config.max_positions, config=config)
+    return SimpleNamespace(  # type: ignore[return-value]
+        saved=saved, tokenizer=saved.tokenizer, passes=Passes.of(model), config=config, **changes
+    )
+
+
+def test_a_conversation_goes_on_from_all_before_it_and_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = stand_in(made(vocab_size=256))  # it cannot end the document
+    lengths: list[int] = []
+    plain = Passes.read
+    monkeypatch.setattr(Passes, "read", lambda self, b, t: lengths.append(len(b[0].tokens_T)) or plain(self, b, t))
+    conversation = Conversation(trained, Sampling(max_new_tokens=6, temperature=0))
+    answers = ["".join(conversation.go_on(line)) for line in ("first", "then", "", "first")]
+    assert answers[3] == answers[0] != answers[1]
+    assert answers[2] == ""
+    assert lengths[:12] == [5, 1, 1, 1, 1, 1, 5, 1, 1, 1, 1, 1], "the last token and four letters are new"
+    whole = document(0, [*b"first", *conversation_tokens(trained, "first"), *b"then"], 0)
+    again = write(trained.passes, trained.tokenizer, [whole], Sampling(max_new_tokens=6, temperature=0))
+    assert "".join(piece.text for piece in again) == answers[1]
+
+
+def conversation_tokens(trained: TrainedModel, text: str) -> list[int]:
+    """The six greedy tokens after a text."""
+    one = document(0, list(text.encode()), 0)
+    list(write(trained.passes, trained.tokenizer, [one], Sampling(max_new_tokens=6, temperature=0)))
+    return one.tokens[len(text) :]
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_a_prompt_without_room_in_the_models_positions_is_refused(position: str) -> None:
+    saved = stand_in(made(vocab_size=257, position=position, max_positions=16)).saved
+    assert len(encode_prompt(saved, "--prompt", "x" * 10, 6)) == 10
+    with pytest.raises(UserError, match=r"--prompt makes 17 tokens, more than model\.max_positions=16: shorten it"):
+        encode_prompt(saved, "--prompt", "x" * 17, 1)
+    if position == "learned":
+        with pytest.raises(UserError, match="passes the model's 16 learned positions: use at most 6"):
+            encode_prompt(saved, "--prompt", "x" * 10, 7)
+    with pytest.raises(UserError, match="the text makes 17 tokens"):
+        encode_prompt(saved, "the text", "x", 1, before=16)
+
+
+def test_a_line_that_is_no_prompt_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one\\ntwo"}\n{"prompt": 3}\n')
+    with pytest.raises(UserError, match=r'prompts\.jsonl:2: prompt: .*: write lines such as \{"prompt": "Once upon"\}'):
+        read_prompts(file)
+    file.write_text('{"prompt": "one\\ntwo"}\n')
+    assert read_prompts(file) == [(f"{file}:1", "one\ntwo")]
