@@ -85,7 +85,8 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
 def run_tasks(
     trained: TrainedModel, tasks: Sequence[str], folder: Path | None, limit: int | None
 ) -> Iterable[tuple[str, str, float, float | None]]:
-    """(task, metric, value, standard error) of the harness's `tasks`, or of those of the YAML files in `folder`."""
+    """(task, metric, value, standard error) of the harness's `tasks`, or of those of the YAML files in `folder`.
+    The harness gives them to the first process of a machine, and the others none."""
     manager = TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
     for task in tasks:
         if not manager.match_tasks([task]):
@@ -94,8 +95,7 @@ def run_tasks(
             )
             raise UserError(f"--task {task}: there is no such benchmark: {where}")
     found = simple_evaluate(MegalmLM(trained), tasks=list(tasks), task_manager=manager, limit=limit)
-    assert found is not None
-    for task, values in found["results"].items():
+    for task, values in ({} if found is None else found["results"]).items():
         for key, value in values.items():
             metric, _, how = key.partition(",")
             if isinstance(value, float) and not metric.endswith("_stderr"):

@@ -24,6 +24,7 @@ from megalm.config import Config, resolve, to_yaml
 from megalm.config.sections import Run, known
 from megalm.config.text import apply_overrides
 from megalm.data.tokenizer import Tokenizer
+from megalm.errors import UserError
 from megalm.launch.ranks import Process
 from megalm.launch.world import World
 from megalm.parallel.zero.sync import NoSync
@@ -79,6 +80,8 @@ def find_model(path: Path, process: Process | None = None, overrides: Sequence[s
     manifest = read_manifest(checkpoint)
     state = manifest.state
     config = resolve(_to_be_read(state["config"], overrides, process.size), process.size)
+    if config.parallel.sequence_sharding:
+        raise UserError("parallel.sequence_sharding=true: texts of any length are not shared by rows: leave it out")
     tokenizer = load_run_tokenizer(checkpoint, config.tokenizer.path, state["tokenizer"])
     sources = {fingerprint: name for name, fingerprint in state["sources"].items()}
     device = pick_device(config.run.device, process.local_rank)
@@ -122,14 +125,15 @@ def _to_be_read(config: dict[str, Any], overrides: Sequence[str], processes: int
         "pipeline": {"size": parallel["pipeline"]["size"]},
         "zero": {"stage": parallel["zero"]["stage"]},
     }
+    whole_rows = {"sequence_sharding": False}  # documents may be of any length
     raw = {
         **config,
         "run": {**config["run"], "device": "auto", "compile": False, "recompute": "none"},
         "batch": {"global_size": micro_size * processes, "micro_size": micro_size},
-        "parallel": layout if processes > 1 else {},
+        "parallel": {**layout, **whole_rows} if processes > 1 else whole_rows,
         "deepspeed": {},
     }
-    return apply_overrides(raw, [*overrides, "parallel.sequence_sharding=false"])  # documents may be of any length
+    return apply_overrides(raw, overrides)
 
 
 def _facts(found: tuple[SavedModel, object]) -> dict[str, str]:

@@ -112,6 +112,7 @@ def test_every_layout_judges_every_model_as_one(
     check(model, layout, data, trained_runs)
 
 
+@pytest.mark.timeout(700)
 def test_the_commands_run_in_several_processes_and_say_all_once(
     data: Path,
     tmp_path: Path,
@@ -163,3 +164,5 @@ def test_a_layout_that_does_not_fit_is_a_line_that_says_what_would(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "parallel.tensor=3 needs at least 3 processes, this run has 2: start 3, or choose tensor=2" in error
+    assert main(["generate", run, "--prompt", "a", "--set", "parallel.sequence_sharding=true"]) == 2
+    assert "texts of any length are not shared by rows" in capsys.readouterr().err

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peers import llama
+from ranks import run_ranks
 from runs import write_config
 
 from megalm.cli import main
+from megalm.launch.ranks import Process
 from megalm.train.choices import answered, encode_questions, likelihoods, read_questions
 from megalm.train.lm_eval import MegalmLM, run_tasks
 from megalm.train.trained import TrainedModel, find_model, load_model
@@ -79,6 +83,15 @@ def test_its_requests_are_answered_as_by_its_own_model(trained: TrainedModel, pe
     assert len(set("".join(texts))) > 3, "constant texts would agree by chance"
 
 
+def results(run: Path, folder: Path) -> list[tuple[str, str, float, float | None]]:
+    """What one of two processes gets."""
+    rank = dist.get_rank()
+    os.environ["LOCAL_RANK"] = str(rank)  # as launchers say
+    trained = load_model(find_model(run, Process(rank, rank, 2), ["parallel.tensor=2"]))
+    return list(run_tasks(trained, ["numbers"], folder, None))
+
+
+@pytest.mark.timeout(600)  # each rank imports the harness
 def test_a_task_of_its_format_scores_as_the_built_in_choices_do(
     trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,11 +112,13 @@ def test_a_task_of_its_format_scores_as_the_built_in_choices_do(
     asked = read_questions(questions)
     pairs = encode_questions(trained.tokenizer, asked, trained.saved.positions)
     scores = answered(asked, likelihoods(trained.passes, pairs))
-    found = {metric: (value, error) for _, metric, value, error in run_tasks(trained, ["numbers"], tmp_path, None)}
+    alone = list(run_tasks(trained, ["numbers"], tmp_path, None))
+    found = {metric: (value, error) for _, metric, value, error in alone}
     wanted = {name: getattr(scores, name) for name in ("acc", "acc_norm", "acc_bytes")}
     assert {metric: value for metric, (value, _) in found.items()} == pytest.approx(wanted)
     assert [error for _, error in found.values()] == pytest.approx([scores.error(value) for value in wanted.values()])
     assert len(set(wanted.values())) > 1, "lengths matter here"
+    assert run_ranks(2, results, trained.saved.checkpoint, tmp_path, timeout=400) == [alone, []]
 
     run = str(trained.saved.checkpoint)
     capsys.readouterr()
