@@ -24,7 +24,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python tools/quickstart.py $(ARGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses=logical --dist=loadfile $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -197,6 +197,7 @@ setup(
             "pybind11",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "safetensors",
             "setuptools",

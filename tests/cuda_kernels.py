@@ -36,16 +36,8 @@ def build_emulated(output: Path, *sources: Path) -> Path:
 
 def emulated_softmax(output: Path) -> ctypes.CDLL:
     """csrc/fused_softmax's kernels, emulated, with the signatures of the real library."""
-    library = bind(ctypes.CDLL(str(build_emulated(output, *sorted(SOURCES.glob("*.cu"))))))
+    library = native.bind(ctypes.CDLL(str(build_emulated(output, *sorted(SOURCES.glob("*.cu"))))))
     library.cuda_emulation_last_kernel.restype = ctypes.c_void_p
-    return library
-
-
-def bind(library: ctypes.CDLL) -> ctypes.CDLL:
-    """With the types that its functions take."""
-    for name, arguments in native._SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = [*arguments, ctypes.c_ssize_t], ctypes.c_int
     return library
 
 

@@ -2,45 +2,14 @@
 
 #include <cstdlib>
 #include <new>
-#include <system_error>
 #include <thread>
-#include <vector>
 
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
+#include "../threads/fan_out.hpp"
 
 namespace megalm::attention {
 
-namespace {
-
-// The entry point of GCC's OpenMP runtime, which LLVM's and Intel's have as well, in the library that torch loaded. Its
-// threads are awake from torch's own loops (and spin for a while after each): threads of ours beside them would share
-// cores with them.
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-Parallel openmp() {
-#if defined(__linux__)
-    static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return found;
-#else
-    return nullptr;
-#endif
-}
-
-}  // namespace
-
 void fan_out(int threads, void (*body)(void*), void* context) {
-    if (threads <= 1) return body(context);
-    if (const Parallel parallel = openmp()) return parallel(body, context, static_cast<unsigned>(threads), 0);
-    std::vector<std::thread> others;
-    try {
-        for (int i = 1; i < threads; ++i) others.emplace_back(body, context);
-    } catch (const std::system_error&) {
-        // Those that there are do all of the work.
-    }
-    body(context);
-    for (std::thread& other : others) other.join();
+    megalm::fan_out(threads < 1 ? 1u : static_cast<unsigned>(threads), body, context);
 }
 
 void* allocate(std::size_t bytes) {

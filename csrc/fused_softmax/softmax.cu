@@ -334,6 +334,13 @@ int backward(const Mask& mask, const Gradients<T>& gradients, std::intptr_t exec
 }  // namespace
 }  // namespace megalm
 
+int megalm_kernel_image() {
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, megalm::block_forward<float>);
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
+}
+
 int megalm_softmax_forward(const megalm::Mask* mask, int dtype, const void* scores, void* probabilities, float* lse,
                            float* largest, float* entropy, std::intptr_t executor) {
     return megalm::with_type(dtype, [&](auto* type) {

@@ -15,6 +15,9 @@ enum Dtype : int { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 enum : int { INVALID = -1 };
 }  // namespace megalm
 
+// In CUDA alone: 0 if the kernels were built for the GPU at hand, else CUDA's code.
+MEGALM_EXPORT int megalm_kernel_image();
+
 // probabilities = masked softmax of scores, both [rows, keys]; they may be the same memory. Optional results, [rows]
 // each, or null: `lse` = log of the denominator (-inf for a row without any term), `largest` = largest visible s (-inf
 // if there is none), `entropy` = - sum of p log p, the sink's share included (0 for a row without any term).

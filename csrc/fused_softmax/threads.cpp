@@ -1,11 +1,9 @@
 #include "threads.hpp"
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <atomic>
-#include <thread>
-#include <vector>
+
+#include "../threads/fan_out.hpp"
 
 namespace megalm {
 namespace {
@@ -21,29 +19,11 @@ struct Work {
     }
 };
 
-// The entry of the OpenMP library that torch has loaded, GNU's or LLVM's: its threads exist already, and spin for a
-// while after each of torch's own operations, so that threads beside them would wait for a core.
-using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
-Parallel openmp() {
-    static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return found;
-}
-
 }  // namespace
 
 void in_pieces(std::int64_t pieces, std::int64_t threads, const std::function<void(std::int64_t)>& piece) {
     Work work{pieces, piece};
-    threads = std::min(threads, pieces);
-    if (threads <= 1) {
-        Work::run(&work);
-    } else if (const Parallel parallel = openmp()) {
-        parallel(Work::run, &work, static_cast<unsigned>(threads), 0);
-    } else {
-        std::vector<std::thread> others;
-        for (std::int64_t i = 1; i < threads; i++) others.emplace_back(Work::run, &work);
-        Work::run(&work);
-        for (auto& other : others) other.join();
-    }
+    fan_out(static_cast<unsigned>(std::min(pieces, threads)), Work::run, &work);
 }
 
 }  // namespace megalm

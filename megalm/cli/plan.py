@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from megalm.parallel.pipeline.plan import Placement, Schedule
     from megalm.parallel.pipeline.simulate import Costs, Simulation
 
-MOST_ACTIONS = 2_000_000  # some minutes
+MOST_ACTIONS, MOST_OF_AUTO = 2_000_000, 100_000  # some minutes; `auto` makes a dozen orders
 
 app = typer.Typer(help="Know before you launch.", no_args_is_help=True)
 
 
 @app.command()
 def schedule(
+    context: typer.Context,
     pipeline: Annotated[int, typer.Option(min=1, help="Pipeline ranks.")] = 4,
     micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches of a step on a data rank.")] = 16,
     schedule: Annotated[str, typer.Option(metavar="NAME", help="As in parallel.pipeline.schedule.")] = "1f1b",
@@ -62,9 +63,17 @@ def schedule(
     """Simulate a pipeline's step and draw it."""
     if output is not None and output.suffix not in (".png", ".svg", ".txt"):
         raise UserError(f"--output={output}: ends in none of .png, .svg and .txt: choose one of them")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no directory {output.parent}: make it first")
     if memory_cap is not None:
         memory_cap *= 1 + 1e-9  # shares of a rank, such as thirds, do not add up exactly
     if from_run is not None:
+        for option in ("pipeline", "micro_batches", "schedule", "chunks", "costs", "message_size"):
+            source = context.get_parameter_source(option)
+            if source is not None and source.name == "COMMANDLINE":
+                raise UserError(
+                    f"--{option.replace('_', '-')} has no meaning with --from-run, which has recorded it: leave it out"
+                )
         _measured(from_run, memory_cap, output)
     else:
         _simulated(pipeline, micro_batches, schedule, chunks, costs, memory_cap, message_size, output)
@@ -85,10 +94,11 @@ def _simulated(
     from megalm.parallel.pipeline.simulate import simulate
 
     known, chunks = _schedule(name, pipeline, chunks)
-    if 3 * pipeline * chunks * micro_batches > MOST_ACTIONS:
+    most = MOST_OF_AUTO if known == "auto" else MOST_ACTIONS
+    if 3 * pipeline * chunks * micro_batches > most:
         raise UserError(
-            f"--pipeline={pipeline}, --micro-batches={micro_batches}: a step of more than {MOST_ACTIONS:,} actions: "
-            "choose less"
+            f"--pipeline={pipeline}, --micro-batches={micro_batches}: a step of more than {most:,} actions with "
+            f"--schedule={known}: choose less"
         )
     placement = placement_of(known, pipeline, chunks)
     costs = _costs(times, placement)
@@ -102,7 +112,8 @@ def _simulated(
 
 def _measured(run: Path, memory_cap: float | None, output: Path | None) -> None:
     from megalm.parallel.pipeline.draw import Chart
-    from megalm.parallel.pipeline.schedules import compute_orders, templates
+    from megalm.parallel.pipeline.planner import plan_schedule
+    from megalm.parallel.pipeline.schedules import templates
     from megalm.parallel.pipeline.search import search
     from megalm.parallel.pipeline.simulate import simulate
     from megalm.parallel.pipeline.timeline import TIMELINE, read_timeline
@@ -110,9 +121,14 @@ def _measured(run: Path, memory_cap: float | None, output: Path | None) -> None:
     timeline = read_timeline(run / TIMELINE)
     placement, micro_batches, costs = timeline.placement, timeline.micro_batches, timeline.costs()
     simulation = simulate([[timed.action for timed in rank] for rank in timeline.ranks], placement, costs)
-    others = {name: compute_orders(name, placement, micro_batches) for name in templates(placement)}
-    others["auto"] = search(placement, micro_batches, costs, memory_cap)
-    rows = [(name, simulate(orders, placement, costs)) for name, orders in others.items()]
+    ranks, chunks = max(placement) + 1, placement.count(0)
+    rows = []
+    for name in templates(placement):
+        found = simulate(plan_schedule(name, ranks, chunks, micro_batches, costs), placement, costs)
+        over = memory_cap is not None and max(found.peaks) > memory_cap
+        rows.append((f"{name}, over the cap" if over else name, found))
+    best = search(placement, micro_batches, costs, memory_cap)
+    rows.append(("auto", simulate(best, placement, costs)))
     _table("Simulated with the measured costs, in seconds", [(f"{timeline.schedule}, as it ran", simulation), *rows])
     real = timeline.seconds
     difference = f"{abs(real / simulation.makespan - 1):.1%} {'more' if real > simulation.makespan else 'less'}"

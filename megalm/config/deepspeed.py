@@ -7,12 +7,23 @@ from typing import Any
 
 from megalm.config.sections import Config
 from megalm.config.text import Raw, merged
+from megalm.errors import nearest
 
 OURS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler", "fp16", "amp", "torch_autocast",
     "tensor_parallel", "checkpoint",
 )  # fmt: skip
 """What would say again what the run's config says."""
+THEIRS = (
+    "activation_checkpointing", "aio", "autotuning", "bf16", "comms_logger", "communication_data_type", "compile",
+    "compression_training", "csv_monitor", "data_efficiency", "data_types", "dump_state", "dataloader_drop_last",
+    "disable_allgather", "elasticity", "flops_profiler", "gradient_accumulation_steps", "gradient_clipping",
+    "gradient_predivide_factor", "memory_breakdown", "monitor_config", "nebula", "prescale_gradients",
+    "seq_parallel_communication_data_type", "sparse_attention", "sparse_gradients", "steps_per_print", "tensorboard",
+    "timers", "use_node_local_storage", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+)  # fmt: skip
+"""Settings of DeepSpeed, for mistakes in their names; a name unlike all of these may be of a newer version."""
 
 
 def engine_settings(config: Config) -> Raw:
@@ -74,9 +85,11 @@ def broken_rules(config: Config, data: int) -> Iterator[str]:
             "run.recompute=selective cannot be run by DeepSpeed's stage 3, which gathers otherwise when it computes "
             "again: choose full or none, or engine fsdp"
         )
-    for name in OURS:
-        if name in theirs:
+    for name in theirs:
+        if name in OURS:
             yield f"deepspeed.{name} is for the run's own config to say: remove it"
+        elif name not in THEIRS and (hint := nearest(name, THEIRS)):
+            yield f"deepspeed.{name} is no setting of DeepSpeed, which would pass over it.{hint}"
     sharding = theirs.get("zero_optimization")
     for section in ("offload_optimizer", "offload_param"):
         if zero.offload == "none" and isinstance(sharding, dict) and section in sharding:

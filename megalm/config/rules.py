@@ -8,7 +8,7 @@ from math import isqrt, log
 
 from megalm.config import deepspeed
 from megalm.config.explain import choices
-from megalm.config.sections import Batch, Config, Data, Model, Parallel, Pipeline, Schedule, Stage, Zero
+from megalm.config.sections import Batch, Config, Data, Model, Optimizer, Parallel, Pipeline, Schedule, Stage, Zero
 from megalm.errors import nearest
 
 CHUNKS = {"gpipe": (1,), "1f1b": (1,), "zb-h1": (1,), "zbv": (2,), "dualpipev": (2,)}
@@ -19,6 +19,7 @@ def broken_rules(config: Config, processes: int) -> Iterator[str]:
     """One line for each rule that a config, its defaults not derived yet, breaks when run by `processes` processes."""
     yield from _model(config.model, config.data.sequence_length)
     yield from _data(config.data, config.run.seed)
+    yield from _optimizer(config.optimizer)
     yield from _schedule(config.schedule)
     yield from _ramp(config.batch)
     yield from _layout(config, processes)
@@ -129,6 +130,13 @@ def _stages(data: Data, stages: list[Stage]) -> Iterator[str]:
             yield f"data.stages.{number}.tokens is missing: set it; only the last stage may leave it out"
 
 
+def _optimizer(optimizer: Optimizer) -> Iterator[str]:
+    for key in ("momentum", "nesterov"):
+        value = getattr(optimizer, key)
+        if optimizer.kind != "muon" and value != Optimizer.model_fields[key].default:
+            yield f"optimizer.{key}={value} has no meaning with optimizer.kind='{optimizer.kind}': remove it"
+
+
 def _schedule(schedule: Schedule) -> Iterator[str]:
     if schedule.steps is None and schedule.tokens is None:
         yield "schedule has no length: set schedule.steps or schedule.tokens"
@@ -171,6 +179,9 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
         )
     if parallel.sequence_sharding:
         yield from _must_divide("parallel.tensor", tensor, "data.sequence_length", config.data.sequence_length)
+    if parallel.tensor_overlap > 1 and (tensor == 1 or not parallel.sequence_sharding):
+        why = "parallel.tensor=1" if tensor == 1 else "parallel.sequence_sharding=false"
+        yield f"parallel.tensor_overlap={parallel.tensor_overlap} has no meaning with {why}: set tensor_overlap=1"
     if chunks > 1 and stages == 1:
         yield f"parallel.pipeline.chunks={chunks} has no meaning with pipeline.size=1: set chunks=1"
     if stages > 1 and chunks not in (allowed := CHUNKS.get(parallel.pipeline.schedule, (chunks,))):

@@ -46,7 +46,7 @@ class Run(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, all but the results of matrix products and attention
     (`selective`), or whole blocks (`full`)."""
-    timeout: float = Field(default=600.0, gt=0)
+    timeout: float = Field(default=600.0, gt=0, le=1e6)
     """Seconds after which a rank that does not answer ends the run; more than any rank takes to write its part of a
     checkpoint."""
 

@@ -48,7 +48,8 @@ def pipeline_pieces(config: Model, sequence_length: int, recompute: str = "none"
     attention = 4 * config.num_heads * known(config.head_dim) * pairs
     again = {"none": 0.0, "selective": 0.0, "full": block + attention}[recompute]
     layer = Piece(block + attention, block + 2 * attention + again, block, activation=1)
-    return (Piece(0, 0, 0), *[layer] * config.num_layers, Piece(head, head, head))
+    # The head's gradients are computed with its loss (megalm.ops.cross_entropy).
+    return (Piece(0, 0, 0), *[layer] * config.num_layers, Piece(3 * head, 0, 0))
 
 
 def seen_pairs(segments: Sequence[int], window: int | None) -> int:

@@ -136,26 +136,26 @@ def _equal_runs(ends: Tensor, heads: int) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _by_head(x_TKE: Tensor, count: int) -> Tensor:
+def by_head(x_TKE: Tensor, count: int) -> Tensor:
     """[G·N, K, E] to [G·K, N, E], contiguous."""
     T, K, E = x_TKE.shape
     return x_TKE.view(count, T // count, K, E).transpose(1, 2).reshape(count * K, T // count, E)
 
 
-def _by_group(x_THE: Tensor, count: int, kv_heads: int) -> Tensor:
+def by_group(x_THE: Tensor, count: int, kv_heads: int) -> Tensor:
     """[G·N, K·R, E] to [G·K, R, N, E]: the query heads of one key/value head side by side."""
     T, H, E = x_THE.shape
     x = x_THE.view(count, T // count, kv_heads, H // kv_heads, E)
     return x.permute(0, 2, 3, 1, 4).reshape(count * kv_heads, H // kv_heads, T // count, E)
 
 
-def _by_token(x_BRNE: Tensor, count: int) -> Tensor:
-    """[G·K, R, N, E] to [G, N, K·R, E]: undoes `_by_group`."""
+def by_token(x_BRNE: Tensor, count: int) -> Tensor:
+    """[G·K, R, N, E] to [G, N, K·R, E]: undoes `by_group`."""
     B, R, N, E = x_BRNE.shape
     return x_BRNE.view(count, B // count, R, N, E).permute(0, 3, 1, 2, 4).reshape(count, N, B // count * R, E)
 
 
-def _blocks(rows: int, keys: int, window: int) -> list[tuple[slice, slice]]:
+def blocks(rows: int, keys: int, window: int) -> list[tuple[slice, slice]]:
     """(query rows, keys that they see) of each block; the last row stands at the last key."""
     blocks = []
     for i in range(0, rows, BLOCK):
@@ -169,7 +169,7 @@ def _attend(q_BRIE: Tensor, k_BJE: Tensor, v_BJE: Tensor, window: int, softcap: 
     """Causal attention of the last I tokens of each of B sequences to its J keys."""
     B, R, I, E = q_BRIE.shape  # noqa: E741
     out_BRIE = torch.empty_like(q_BRIE)
-    for rows, keys in _blocks(I, k_BJE.shape[1], window):
+    for rows, keys in blocks(I, k_BJE.shape[1], window):
         q_BXE = q_BRIE[:, :, rows].reshape(B, -1, E)
         p_BXJ, _ = _probabilities(q_BXE, k_BJE[:, keys], rows.stop - rows.start, window, softcap)
         out_BRIE[:, :, rows] = torch.bmm(p_BXJ, v_BJE[:, keys]).view(B, R, -1, E)
@@ -198,7 +198,7 @@ def _probabilities(
     return torch.softmax(scores, -1), slope
 
 
-def _runs(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Iterator[tuple[slice, int, Tensor, Tensor, Tensor]]:
+def runs(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Iterator[tuple[slice, int, Tensor, Tensor, Tensor]]:
     """For each run of equally long segments: its tokens, their number G, and q_BRNE, k_BNE, v_BNE."""
     kv_heads = k.shape[1]
     for first, length, count in _equal_runs(ends, q.shape[1]):
@@ -206,9 +206,9 @@ def _runs(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Iterator[tuple[slice
         yield (
             tokens,
             count,
-            _by_group(q[tokens], count, kv_heads),
-            _by_head(k[tokens], count),
-            _by_head(v[tokens], count),
+            by_group(q[tokens], count, kv_heads),
+            by_head(k[tokens], count),
+            by_head(v[tokens], count),
         )
 
 
@@ -216,9 +216,9 @@ def _runs(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Iterator[tuple[slice
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, window: int, softcap: float) -> Tensor:
     """`attention` by batched matmuls over blocks of query rows; `window` and `softcap` are 0 for none."""
     out_THE = torch.empty_like(q)
-    for tokens, count, q_BRNE, k_BNE, v_BNE in _runs(q, k, v, segments):
+    for tokens, count, q_BRNE, k_BNE, v_BNE in runs(q, k, v, segments):
         out_BRNE = _attend(q_BRNE, k_BNE, v_BNE, window, softcap)
-        out_THE[tokens].view(count, -1, *q.shape[1:])[:] = _by_token(out_BRNE, count)
+        out_THE[tokens].view(count, -1, *q.shape[1:])[:] = by_token(out_BRNE, count)
     return out_THE
 
 
@@ -227,8 +227,8 @@ def attention_to_cache(
 ) -> Tensor:
     """`attention` of the last I tokens of one document to all J of its keys, for generation. Returns o_IHE."""
     kv_heads = k_JKE.shape[1]
-    q_BRIE, k_BJE, v_BJE = _by_group(q_IHE, 1, kv_heads), _by_head(k_JKE, 1), _by_head(v_JKE, 1)
-    return _by_token(_attend(q_BRIE, k_BJE, v_BJE, window or 0, softcap or 0.0), 1)[0]
+    q_BRIE, k_BJE, v_BJE = by_group(q_IHE, 1, kv_heads), by_head(k_JKE, 1), by_head(v_JKE, 1)
+    return by_token(_attend(q_BRIE, k_BJE, v_BJE, window or 0, softcap or 0.0), 1)[0]
 
 
 @torch.library.custom_op("megalm::blocked_attention_backward", mutates_args=())
@@ -238,13 +238,13 @@ def blocked_attention_backward(
     """Gradients of `blocked_attention`; the probabilities are computed again instead of kept."""
     grad_q_THE, grad_k_TKE, grad_v_TKE = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     kv_heads, scale = k.shape[1], 1 / math.sqrt(q.shape[2])
-    for tokens, count, q_BRNE, k_BNE, v_BNE in _runs(q, k, v, segments):
-        go_BRNE = _by_group(grad_out[tokens], count, kv_heads)
+    for tokens, count, q_BRNE, k_BNE, v_BNE in runs(q, k, v, segments):
+        go_BRNE = by_group(grad_out[tokens], count, kv_heads)
         B, R, N, E = q_BRNE.shape
         gq_BRNE = torch.empty_like(q_BRNE)
         # Several blocks add to one key's gradient: in float32, so that the sum is rounded once.
         gk_BNE, gv_BNE = torch.zeros(2, B, N, E, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        for rows, keys in _blocks(N, N, window):
+        for rows, keys in blocks(N, N, window):
             q_BXE, go_BXE = q_BRNE[:, :, rows].reshape(B, -1, E), go_BRNE[:, :, rows].reshape(B, -1, E)
             k_BJE, v_BJE = k_BNE[:, keys], v_BNE[:, keys]
             p_BXJ, slope_BXJ = _probabilities(q_BXE, k_BJE, rows.stop - rows.start, window, softcap)
@@ -255,9 +255,9 @@ def blocked_attention_backward(
                 gs_BXJ *= slope_BXJ
             gq_BRNE[:, :, rows] = torch.bmm(gs_BXJ, k_BJE).mul_(scale).view(B, R, -1, E)
             gk_BNE[:, keys] += torch.bmm(gs_BXJ.transpose(1, 2), q_BXE)
-        grad_q_THE[tokens].view(count, N, kv_heads * R, E)[:] = _by_token(gq_BRNE, count)
-        grad_k_TKE[tokens].view(count, N, kv_heads, E)[:] = _by_token(gk_BNE.mul_(scale)[:, None], count)
-        grad_v_TKE[tokens].view(count, N, kv_heads, E)[:] = _by_token(gv_BNE[:, None], count)
+        grad_q_THE[tokens].view(count, N, kv_heads * R, E)[:] = by_token(gq_BRNE, count)
+        grad_k_TKE[tokens].view(count, N, kv_heads, E)[:] = by_token(gk_BNE.mul_(scale)[:, None], count)
+        grad_v_TKE[tokens].view(count, N, kv_heads, E)[:] = by_token(gv_BNE[:, None], count)
     return grad_q_THE, grad_k_TKE, grad_v_TKE
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalm.ops import native
 from megalm.ops.logits import logit_gradient_, logit_statistics
 
 SLICE_LOGITS = 1 << 23  # logits of a slice: some megabytes, which stay in a CPU's last-level cache
@@ -55,6 +56,7 @@ def linear_cross_entropy(
     *,
     smoothing: float = 0.0,
     shard: VocabShard | None = None,
+    pool: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums over the tokens where `counted_T` (bool) is true; float32 scalars.
 
@@ -63,10 +65,13 @@ def linear_cross_entropy(
     in x's type, the softmax in float32 (or x's type if wider). `scale` is given here because it is exact in the float32
     gradient of the logits, and would be rounded if a bfloat16 gradient of x were multiplied by it. With `shard`,
     `weight_VD` is a rank's part, all ranks get the same sums, and x's gradient is what the rank's rows add to it.
+
+    The gradient of the weight is held from here to the backward pass, for each call one; calls that share a list as
+    `pool` hold their sum, which the first backward pass among them gives. They must all be differentiated alike.
     """
     wants_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
     return _LinearCrossEntropy.apply(
-        x_TD, weight_VD, labels_T, counted_T, z_loss, softcap, scale, smoothing, shard, wants_grad
+        x_TD, weight_VD, labels_T, counted_T, z_loss, softcap, scale, smoothing, shard, wants_grad, pool
     )
 
 
@@ -91,8 +96,8 @@ def reference_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weight_VD, labels_T, counted_T, z_loss, softcap, scale, smoothing, shard, wants_grad):  # type: ignore[no-untyped-def]
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
+    def forward(ctx, x_TD, weight_VD, labels_T, counted_T, z_loss, softcap, scale, smoothing, shard, wants_grad, pool):  # type: ignore[no-untyped-def]
+        wide = native.wide(x_TD)
         rows = len(weight_VD) if shard is None else shard.rows
         vocabulary = rows if shard is None else shard.vocabulary
         w_VD = weight_VD[:rows].to(x_TD.dtype)
@@ -131,16 +136,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 grad_w_VD[:rows] += torch.mm(z_CV.t(), x_CD, out=product_VD)
         if wants_grad:
-            ctx.save_for_backward(grad_x_TD, grad_w_VD)
-            ctx.weight_dtype = weight_VD.dtype
+            ctx.weight_dtype, ctx.pool = weight_VD.dtype, pool
+            ctx.save_for_backward(grad_x_TD, grad_w_VD if pool is None else None)
+            if pool:
+                pool[0] += grad_w_VD
+            elif pool is not None:
+                pool.append(grad_w_VD)
         ctx.mark_non_differentiable(cross_entropy)
         return objective * scale, cross_entropy
 
     @staticmethod
     def backward(ctx, grad_objective, _):  # type: ignore[no-untyped-def]
         grad_x_TD, grad_w_VD = ctx.saved_tensors
-        grad_w_VD = (grad_w_VD * grad_objective).to(ctx.weight_dtype)
-        return grad_x_TD * grad_objective.to(grad_x_TD.dtype), grad_w_VD, *[None] * 8
+        if ctx.pool:
+            grad_w_VD = ctx.pool.pop()
+        if grad_w_VD is not None:
+            grad_w_VD = (grad_w_VD * grad_objective).to(ctx.weight_dtype)
+        return grad_x_TD * grad_objective.to(grad_x_TD.dtype), grad_w_VD, *[None] * 9
 
 
 def _of_all_ranks(

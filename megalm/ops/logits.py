@@ -68,18 +68,14 @@ def _(logits_CV, targets_C, lse_C, weight_C, softcap, z_loss, hit, spread) -> No
     return None
 
 
-def _wide(logits_CV: Tensor) -> torch.dtype:
-    return torch.promote_types(logits_CV.dtype, torch.float32)
-
-
 def _rows(logits_CV: Tensor, wants_sum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    C, wide = len(logits_CV), _wide(logits_CV)
+    C, wide = len(logits_CV), native.wide(logits_CV)
     largest, exponentials, target = (logits_CV.new_empty(C, dtype=wide) for _ in range(3))
     return largest, exponentials, target, logits_CV.new_empty(C if wants_sum else 0, dtype=wide)
 
 
 def _capped(logits_CV: Tensor, softcap: float) -> Tensor:
-    z_CV = logits_CV.to(_wide(logits_CV))
+    z_CV = logits_CV.to(native.wide(logits_CV))
     return softcap * torch.tanh(z_CV / softcap) if softcap else z_CV
 
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger("megalm")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 Pointer, Long, Int, Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -46,7 +48,7 @@ class Mask(ctypes.Structure):
     )
 
 
-_SIGNATURES: dict[str, list[Any]] = {  # the mask's pointer is the first of a softmax's
+SIGNATURES: dict[str, list[Any]] = {  # the mask's pointer is the first of a softmax's
     "megalm_softmax_forward": [Pointer, Int] + 5 * [Pointer],
     "megalm_softmax_backward": [Pointer, Int] + 6 * [Pointer],
     "megalm_cross_entropy_statistics": [Long, Long, Int, Pointer, Pointer, Float] + 4 * [Pointer],
@@ -64,10 +66,33 @@ def library(kind: Literal["cpu", "cuda"]) -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(files[0]))
     except OSError:
         return None
-    for name, arguments in _SIGNATURES.items():
+    return bind(found)
+
+
+def bind(found: ctypes.CDLL) -> ctypes.CDLL:
+    """The same library, with the types of its functions' arguments."""
+    for name, arguments in SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes, function.restype = [*arguments, ctypes.c_ssize_t], Int
     return found
+
+
+@functools.cache
+def has_image(gpu: int) -> bool:
+    """Whether the kernels were built for the architecture of this GPU; where not, torch computes, and this says so."""
+    cuda = library("cuda")
+    if cuda is None:
+        return False
+    with torch.cuda.device(gpu):
+        error = cuda.megalm_kernel_image()
+    if error:
+        logger.warning(
+            "the CUDA kernels were not built for GPU %d (CUDA's error %d), so torch computes in their place: install "
+            "megalm again with its architecture in MEGALM_CUDA_ARCHS",
+            gpu,
+            error,
+        )
+    return not error
 
 
 def instruction_set() -> str | None:
@@ -85,7 +110,12 @@ def library_for(x: Tensor) -> ctypes.CDLL | None:
         return None
     if x.device.type == "cpu":
         return library("cpu")
-    return library("cuda") if x.is_cuda else None
+    return library("cuda") if x.is_cuda and has_image(x.get_device()) else None
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The type in which sums over x's elements are made: float32, or x's own if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def call(name: str, x: Tensor, *arguments: object) -> None:

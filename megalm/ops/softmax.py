@@ -172,16 +172,12 @@ def backward(
 def _row_results(scores: Tensor, settings: Settings, statistics: bool) -> list[Tensor]:
     """Empty lse, largest and entropy: with a place for each row, or with none."""
     wanted = _wanted(settings, statistics)
-    return [scores.new_empty(scores.shape[:-1] if want else (0,), dtype=_wide(scores)) for want in wanted]
+    return [scores.new_empty(scores.shape[:-1] if want else (0,), dtype=native.wide(scores)) for want in wanted]
 
 
 def _wanted(settings: Settings, statistics: bool) -> tuple[bool, bool, bool]:
     """Whether lse, largest and entropy are asked for."""
     return statistics or settings.sinks is not None, statistics, statistics
-
-
-def _wide(scores: Tensor) -> torch.dtype:
-    return torch.promote_types(scores.dtype, torch.float32)
 
 
 def with_mask(name: str, scores: Tensor, settings: Settings, *tensors: Tensor | None) -> None:
@@ -214,7 +210,7 @@ def _reference_forward(scores: Tensor, settings: Settings) -> tuple[Tensor, Tens
         seen = seen & settings.padding[:, None, None, :]
     if settings.allowed is not None:
         seen = seen & settings.allowed
-    s = scores.to(_wide(scores)) * settings.scale
+    s = scores.to(native.wide(scores)) * settings.scale
     if settings.softcap:
         s = settings.softcap * torch.tanh(s / settings.softcap)
     s = s.masked_fill(~seen, -math.inf)
@@ -232,7 +228,7 @@ def _reference_forward(scores: Tensor, settings: Settings) -> tuple[Tensor, Tens
 def _reference_backward(
     grad: Tensor, probabilities: Tensor, scores: Tensor, lse: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    p, g = probabilities.to(_wide(grad)), grad.to(_wide(grad))
+    p, g = probabilities.to(native.wide(grad)), grad.to(native.wide(grad))
     dot = (p * g).sum(-1, keepdim=True)
     grad_scores = settings.scale * p * (g - dot)
     if settings.softcap:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megalm.ops import softmax
-from megalm.ops.attention import Segments, _blocks, _by_group, _by_head, _by_token, _runs
+from megalm.ops.attention import Segments, blocks, by_group, by_head, by_token, runs
 from megalm.ops.softmax import Settings, Statistics
 
 
@@ -61,10 +61,10 @@ def softmax_attention_to_cache(
 ) -> Tensor:
     """`softmax_attention` of the last I tokens of one document to all J of its keys, for generation. Returns o_IHE."""
     kv_heads = k_JKE.shape[1]
-    q_BRIE, k_BJE, v_BJE = _by_group(q_IHE, 1, kv_heads), _by_head(k_JKE, 1), _by_head(v_JKE, 1)
+    q_BRIE, k_BJE, v_BJE = by_group(q_IHE, 1, kv_heads), by_head(k_JKE, 1), by_head(v_JKE, 1)
     settings = _settings(q_IHE, sinks_H, window or 0, softcap or 0.0)
     out_BRIE, _, _ = _attend(q_BRIE, k_BJE, v_BJE, 1, settings, False)
-    return _by_token(out_BRIE, 1)[0]
+    return by_token(out_BRIE, 1)[0]
 
 
 def _settings(q_THE: Tensor, sinks_H: Tensor | None, window: int, softcap: float) -> Settings:
@@ -80,7 +80,7 @@ def _attend(
     out_BRIE = torch.empty_like(q_BRIE)
     wide = torch.promote_types(q_BRIE.dtype, torch.float32)
     largest, entropy = q_BRIE.new_empty(2, *((B, R, I) if statistics else (0,)), dtype=wide)
-    for rows, keys in _blocks(I, k_BJE.shape[1], settings.window):
+    for rows, keys in blocks(I, k_BJE.shape[1], settings.window):
         scores_GHIJ = _scores(q_BRIE[:, :, rows], k_BJE[:, keys], count)
         p_GHIJ, _, *found = softmax.forward(scores_GHIJ, settings, statistics, in_place=True)
         p_BXJ = p_GHIJ.view(B, -1, p_GHIJ.shape[-1])
@@ -104,12 +104,12 @@ def _softmax_attention(
     settings = _settings(q, sinks, window, softcap)
     out_THE = torch.empty_like(q, memory_format=torch.contiguous_format)
     largest_TH, entropy_TH = _statistics(q, statistics)
-    for tokens, count, q_BRNE, k_BNE, v_BNE in _runs(q, k, v, ends):
+    for tokens, count, q_BRNE, k_BNE, v_BNE in runs(q, k, v, ends):
         out_BRNE, *found = _attend(q_BRNE, k_BNE, v_BNE, count, settings, statistics)
-        out_THE[tokens].view(count, -1, *q.shape[1:])[:] = _by_token(out_BRNE, count)
+        out_THE[tokens].view(count, -1, *q.shape[1:])[:] = by_token(out_BRNE, count)
         if statistics:
             for whole_TH, x_BRN in zip((largest_TH, entropy_TH), found, strict=True):
-                whole_TH[tokens].view(count, -1, q.shape[1])[:] = _by_token(x_BRN[..., None], count)[..., 0]
+                whole_TH[tokens].view(count, -1, q.shape[1])[:] = by_token(x_BRN[..., None], count)[..., 0]
     return out_THE, largest_TH, entropy_TH
 
 
@@ -135,13 +135,13 @@ def _softmax_attention_backward(
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     grad_sinks_H = q.new_zeros(0 if sinks is None else len(sinks), dtype=wide)
     kv_heads = k.shape[1]
-    for tokens, count, q_BRNE, k_BNE, v_BNE in _runs(q, k, v, ends):
-        go_BRNE = _by_group(grad_out[tokens], count, kv_heads)
+    for tokens, count, q_BRNE, k_BNE, v_BNE in runs(q, k, v, ends):
+        go_BRNE = by_group(grad_out[tokens], count, kv_heads)
         B, R, N, E = q_BRNE.shape
         gq_BRNE = torch.empty_like(q_BRNE)
         # Several blocks add to one key's gradient: in float32, so that the sum is rounded once.
         gk_BNE, gv_BNE = torch.zeros(2, B, N, E, dtype=wide, device=q.device)
-        for rows, keys in _blocks(N, N, window):
+        for rows, keys in blocks(N, N, window):
             q_BXE, go_BXE = q_BRNE[:, :, rows].reshape(B, -1, E), go_BRNE[:, :, rows].reshape(B, -1, E)
             k_BJE, v_BJE = k_BNE[:, keys], v_BNE[:, keys]
             scores_GHIJ = _scores(q_BRNE[:, :, rows], k_BJE, count)
@@ -157,7 +157,7 @@ def _softmax_attention_backward(
             gq_BRNE[:, :, rows] = torch.bmm(gs_BXJ, k_BJE).view(B, R, -1, E)
             gk_BNE[:, keys] += torch.bmm(gs_BXJ.transpose(1, 2), q_BXE)
         for whole, x_BRNE in zip(grads, (gq_BRNE, gk_BNE[:, None], gv_BNE[:, None]), strict=True):
-            whole[tokens].view(count, N, *whole.shape[1:])[:] = _by_token(x_BRNE, count)
+            whole[tokens].view(count, N, *whole.shape[1:])[:] = by_token(x_BRNE, count)
     grad_q_THE, grad_k_TKE, grad_v_TKE = grads
     return grad_q_THE, grad_k_TKE, grad_v_TKE, grad_sinks_H
 

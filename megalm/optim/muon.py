@@ -94,6 +94,7 @@ class Muon(torch.optim.Optimizer):
         self.adamw = build_adamw(config, [(r.name, r.parameter) for r in held if not takes_muon(r)])
         # One set of groups and one state, for who sets the learning rate and who saves.
         self.param_groups += self.adamw.param_groups
+        self.state.update(self.adamw.state)
         self.adamw.state = self.state
         for parameter in parameters:
             self.state[parameter] = {"momentum": torch.zeros_like(parameter)}

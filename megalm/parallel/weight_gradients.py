@@ -36,6 +36,9 @@ class WeightGradientQueue:
     splits: bool = True
     """Whether the backward pass of what now goes forward may leave anything here. Layers for which that makes no
     difference otherwise are then autograd's own, which are faster."""
+    pool: list[Tensor] | None = None
+    """During a step, the head's weight gradient, which is computed in the forward pass: the sum over the micro-batches
+    in flight, in place of one of its size for each."""
     _waiting: dict[Hashable, list[Product]] = field(default_factory=lambda: defaultdict(list))
 
     @contextmanager

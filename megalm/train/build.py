@@ -38,6 +38,7 @@ from megalm.parallel.part import Part
 from megalm.parallel.pipeline.p2p import warm_up
 from megalm.parallel.tensor.axis import TensorParallel
 from megalm.parallel.weight_gradients import WeightGradientQueue
+from megalm.parallel.zero.costs import memory
 from megalm.parallel.zero.deepspeed import DeepSpeedStage, load_deepspeed
 from megalm.parallel.zero.fsdp import shard_stage
 from megalm.parallel.zero.regions import Region, regions
@@ -99,15 +100,31 @@ def build_inputs(config: Config, process: Process | None = None) -> Inputs:
     return Inputs(config, data.tokenizer, data.loader, data.needs, device, plan_stages(config))
 
 
+def bytes_of_a_rank(config: Config) -> int:
+    """What a rank's share of parameters, gradients and optimizer state takes at least, layers shared out evenly."""
+    layout, model = layout_of(config.parallel), config.model
+    vocabulary = known(model.vocab_size) * model.hidden_size
+    ends = vocabulary if model.tie_embeddings else 2 * vocabulary
+    layer = (parameter_count(model, known(model.vocab_size)) - ends) // model.num_layers // layout.tensor
+    layers, root = model.num_layers // layout.pipeline, ends // layout.tensor // layout.pipeline
+    if layout.data == 1:
+        return (layers * layer + root) * BYTES_A_PARAMETER
+    stage, compute = config.parallel.zero.stage, DTYPES[config.precision.compute].itemsize
+    return memory([[(layer,)]] * layers, [(root,)], stage, layout.data_shard, 2, compute).total
+
+
 def _check_memory(config: Config, device: torch.device) -> None:
-    layout = layout_of(config.parallel)
-    ranks = layout.size // layout.data_replicate if device.type == "cuda" else 1
-    needed = parameter_count(config.model, known(config.model.vocab_size)) * BYTES_A_PARAMETER
-    there = total_memory(device) * ranks  # ranks that compute on CPUs may share a machine
+    if config.parallel.zero.offload != "none":
+        return  # the host's memory is shared by as many ranks as the launcher starts there
+    needed = bytes_of_a_rank(config)
+    if device.type == "cpu":  # whose ranks may share a machine, which holds the whole
+        needed = parameter_count(config.model, known(config.model.vocab_size)) * BYTES_A_PARAMETER
+    there = total_memory(device)
     if needed > there:
         raise UserError(
             f"model: parameters, gradients and optimizer state take {needed / 2**30:,.0f} GiB, but the {device.type} "
-            f"has {there / 2**30:,.0f} GiB of memory: choose a smaller model.preset, hidden_size or num_layers"
+            f"has {there / 2**30:,.0f} GiB of memory: choose a smaller model.preset, hidden_size or num_layers, "
+            "or more ranks to share it"
         )
 
 

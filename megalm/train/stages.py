@@ -3,19 +3,24 @@ run has measured (`parallel.pipeline.costs_from`)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalm.config.batches import plan_batches
 from megalm.config.rules import split_layers
-from megalm.config.sections import Config, known
+from megalm.config.sections import Config, Model, known
+from megalm.config.text import read_yaml
 from megalm.errors import UserError
 from megalm.model.counts import pipeline_pieces
-from megalm.parallel.pipeline.partition import Bounds, bounds_of, partition, stage_costs
-from megalm.parallel.pipeline.plan import Placement, placement_of
+from megalm.parallel.pipeline.partition import Bounds, Piece, bounds_of, partition, stage_costs
+from megalm.parallel.pipeline.plan import Placement, Schedule, in_flight, placement_of
 from megalm.parallel.pipeline.planner import plan_schedule
+from megalm.parallel.pipeline.schedules import compute_orders
 from megalm.parallel.pipeline.simulate import Costs
-from megalm.parallel.pipeline.timeline import TIMELINE, read_timeline
+from megalm.parallel.pipeline.timeline import TIMELINE, Timeline, read_timeline
+
+SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "activation")
 
 
 @dataclass(frozen=True)
@@ -43,22 +48,48 @@ def plan_stages(config: Config) -> Stages:
     pieces, latency = pipeline_pieces(model, config.data.sequence_length, config.run.recompute), 0.0
     if pipeline.costs_from is not None:
         timeline = read_timeline(Path(pipeline.costs_from) / TIMELINE)
-        if (layers := sum(timeline.layers)) != model.num_layers:
+        for key, (value, other) in _differing(model, timeline, Path(pipeline.costs_from)):
             raise UserError(
-                f"parallel.pipeline.costs_from={pipeline.costs_from} is of a model with {layers} layers, and "
-                f"model.num_layers={model.num_layers}: name a run of this model"
+                f"parallel.pipeline.costs_from={pipeline.costs_from} is of a model with {key}={other}, and "
+                f"model.{key}={value}: name a run of this model"
             )
         pieces, latency = timeline.pieces(), timeline.costs().latency
-    bounds = bounds_of(split_layers(pipeline.split)) if pipeline.split else partition(pieces, placement)
-    costs = stage_costs(pieces, bounds, latency)
-    share = model.num_layers / pipeline.size
-    costs = replace(costs, activation=tuple(kept / share for kept in costs.activation))
-    if pipeline.memory_cap is None:
-        return Stages(placement, bounds, costs)
-    cap = pipeline.memory_cap * (1 + 1e-9)  # such shares do not add up exactly
+    share, chunks = model.num_layers / pipeline.size, placement.count(0)
     data, micro_size = config.parallel.data, known(config.batch.micro_size)
     assert isinstance(data, int), "only a resolved config may be used"
-    for size in sorted({piece.size for piece in plan_batches(config.batch).pieces}):
-        micro_batches = size // data // micro_size
-        plan_schedule(pipeline.schedule, pipeline.size, known(pipeline.chunks), micro_batches, costs, cap)
+    counts = sorted({piece.size // data // micro_size for piece in plan_batches(config.batch).pieces})
+    cap = None if pipeline.memory_cap is None else pipeline.memory_cap * (1 + 1e-9)  # shares do not add up exactly
+    if pipeline.split:
+        bounds = bounds_of(split_layers(pipeline.split))
+    elif cap is None:
+        bounds = partition(pieces, placement)
+    else:
+        bounds = _partition_under(cap * share / chunks, pipeline.schedule, pieces, placement, counts[-1])
+    costs = stage_costs(pieces, bounds, latency)
+    costs = replace(costs, activation=tuple(kept / share for kept in costs.activation))
+    for micro_batches in counts if cap is not None else ():
+        plan_schedule(pipeline.schedule, pipeline.size, chunks, micro_batches, costs, cap)
     return Stages(placement, bounds, costs, cap)
+
+
+def _differing(model: Model, timeline: Timeline, run: Path) -> Iterator[tuple[str, tuple[object, object]]]:
+    """Keys in which the model that was measured is of another shape than `model`, with both values."""
+    measured = read_yaml(path)["model"] if (path := run / "config.yaml").exists() else {}
+    for key, other in {**measured, "num_layers": sum(timeline.layers)}.items():
+        if key in SHAPE and (value := getattr(model, key)) != other:
+            yield key, (value, other)
+
+
+def _partition_under(
+    cap: float, schedule: Schedule, pieces: Sequence[Piece], placement: Placement, micro_batches: int
+) -> Bounds:
+    """`cap`: on what all micro-batches keep that a stage has in flight; in `auto` that may be one."""
+    kept = [1] * len(placement)
+    if schedule != "auto":
+        kept = in_flight(compute_orders(schedule, placement, micro_batches))
+    try:
+        return partition(pieces, placement, [cap / most for most in kept])
+    except UserError:
+        if placement.count(0) == 1:
+            raise
+        return partition(pieces, placement)  # stages of one rank need not keep equal shares: the plan will tell

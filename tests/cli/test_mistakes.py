@@ -206,6 +206,11 @@ OVERRIDES = [
         "parallel.tensor=2 * parallel.pipeline.size=4 needs at least 8 processes, this run has 1",
     ),
     ("parallel.pipeline.chunks=2", "parallel.pipeline.chunks=2 has no meaning with pipeline.size=1: set chunks=1"),
+    (
+        "parallel.tensor_overlap=2",
+        "parallel.tensor_overlap=2 has no meaning with parallel.tensor=1: set tensor_overlap=1",
+    ),
+    ("optimizer.momentum=0.9", "optimizer.momentum=0.9 has no meaning with optimizer.kind='adamw': remove it"),
 ]
 
 

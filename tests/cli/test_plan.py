@@ -97,11 +97,18 @@ def test_a_recorded_step_is_compared_and_planned_again(tmp_path: Path, capsys: p
         ("--costs=1,1,inf,0", "--costs=1,1,inf,0: give four numbers"),
         ("--output=plan.pdf", "--output=plan.pdf: ends in none of .png, .svg and .txt: choose one of them"),
         ("--costs=1e-320,1,1,0", "--costs=1e-320,1,1,0: give four numbers"),
-        ("--pipeline=99999999999999999999", "a step of more than 2,000,000 actions: choose less"),
+        ("--pipeline=99999999999999999999", "a step of more than 2,000,000 actions with --schedule=1f1b: choose less"),
         (
             "--memory-cap=2",
             "parallel.pipeline.schedule=1f1b: a rank's activations take 4 at once, more than the cap of 2",
         ),
+        (
+            "--schedule=auto --micro-batches=99999",
+            "more than 100,000 actions with --schedule=auto: choose less",
+        ),
+        ("--output=nowhere/plan.png", "--output=nowhere/plan.png: there is no directory nowhere: make it first"),
+        ("--from-run=. --costs=1,1,1,0", "--costs has no meaning with --from-run, which has recorded it: leave it out"),
+        ("--from-run=. --pipeline=4", "--pipeline has no meaning with --from-run"),
         ("--from-run=.", "timeline.json does not exist: train with log.timeline=true, which records a step"),
     ],
 )

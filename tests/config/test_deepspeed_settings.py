@@ -54,6 +54,7 @@ BROKEN = {
     "run.compile=true has not been tried": config({"stage": 3}, run={"compile": True}),
     "run.recompute=selective cannot be run": config({"stage": 3}, run={"recompute": "selective"}),
     "deepspeed.optimizer is for the run's own config": config({}, deepspeed={"optimizer": {"type": "Adam"}}),
+    "would pass over it. Did you mean 'zero_optimization'?": config({}, deepspeed={"zero_optimisation": {"stage": 2}}),
     "deepspeed.gradient_clipping=1.0 contradicts": config({}, deepspeed={"gradient_clipping": 1.0}),
     "deepspeed.zero_optimization.stage=3 contradicts the rest of the config, which means 2": config(
         {"stage": 2}, deepspeed={"zero_optimization": {"stage": 3}}

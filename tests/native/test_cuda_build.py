@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_kernels import SOURCES, bind, nvcc
+from cuda_kernels import SOURCES, nvcc
 
 from megalm.ops import native
 
@@ -112,7 +112,7 @@ def test_a_build_links_without_spills_and_loads_without_a_gpu(tmp_path: Path, ar
     assert_no_kernel_spills(done.stdout, kernels=2 * types * (packs + 1) + 2 * types)
     [built] = (tmp_path / "lib" / "megalm").glob("_fused_softmax_cuda*.so")
     if not torch.cuda.is_available():
-        assert_no_gpu_is_an_error(bind(ctypes.CDLL(str(built))))
+        assert_no_gpu_is_an_error(native.bind(ctypes.CDLL(str(built))))
 
 
 @pytest.mark.full

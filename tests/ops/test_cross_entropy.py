@@ -52,6 +52,23 @@ def test_narrow_types_stay_close_to_float64(dtype: torch.dtype, tolerance: float
         assert (a.double() - b).norm() / b.norm() < tolerance
 
 
+def test_calls_that_share_a_pool_hold_one_gradient_of_the_weight_which_is_that_of_all() -> None:
+    gradients = {}
+    for shares in (False, True):
+        pool: list[torch.Tensor] | None = [] if shares else None
+        x_TD, w_VD, labels_T, counted_T = inputs(90, 12, 50, torch.float64)
+        calls = [linear_cross_entropy(x, w_VD, y, c, 0.1, pool=pool)[0]
+                 for x, y, c in zip(x_TD.split(30), labels_T.split(30), counted_T.split(30), strict=True)]  # fmt: skip
+        assert pool is None or [tuple(held.shape) for held in pool] == [(50, 12)]
+        for objective in calls:
+            objective.backward()
+        assert not pool
+        gradients[shares] = x_TD.grad, w_VD.grad
+    for apart, together in zip(*gradients.values(), strict=True):
+        assert apart is not None
+        assert torch.equal(apart, together)
+
+
 def test_extreme_logits_give_finite_losses() -> None:
     x_TD = torch.tensor([[100.0, 0.0], [-100.0, 0.0]], requires_grad=True)
     w_VD = torch.tensor([[5.0, 0.0], [-5.0, 0.0], [0.0, 1.0]])

@@ -67,15 +67,29 @@ def test_costs_that_are_not_there_or_of_another_model_are_a_mistake(tmp_path: Pa
     with pytest.raises(UserError, match=r"timeline\.json does not exist: train with log\.timeline=true"):
         plan_stages(config({"size": 2, "costs_from": str(tmp_path)}))
     record(tmp_path, [4, 4], 0.01, 0.0, 0.0)
-    with pytest.raises(UserError, match=r"is of a model with 8 layers, and model\.num_layers=4: name a run of this"):
+    with pytest.raises(
+        UserError, match=r"is of a model with num_layers=8, and model\.num_layers=4: name a run of this"
+    ):
         plan_stages(config({"size": 2, "costs_from": str(tmp_path)}, layers=4))
+    record(tmp_path, [4, 4], 0.01, 0.0, 0.0)
+    (tmp_path / "config.yaml").write_text("model: {num_layers: 8, hidden_size: 64, z_loss: 0.1}")
+    with pytest.raises(UserError, match=r"is of a model with hidden_size=64, and model\.hidden_size=32: name a run"):
+        plan_stages(config({"size": 2, "costs_from": str(tmp_path)}))
 
 
-@pytest.mark.parametrize(("schedule", "keeps"), [("1f1b", 4), ("zbv", 4), ("gpipe", 16)])
-def test_a_schedule_that_keeps_more_than_the_cap_is_refused(schedule: str, keeps: int) -> None:
+@pytest.mark.parametrize(("schedule", "keeps", "too_low"), [("1f1b", 4, 1.9), ("zbv", 4, 2.5), ("gpipe", 16, 15.5)])
+def test_a_schedule_that_keeps_more_than_the_cap_is_refused(schedule: str, keeps: int, too_low: float) -> None:
     assert plan_stages(config({"size": 4, "schedule": schedule, "memory_cap": float(keeps)})).memory_cap
-    with pytest.raises(UserError, match=f"activations take {keeps} at once, more than the cap of {keeps - 0.5:g}"):
-        plan_stages(config({"size": 4, "schedule": schedule, "memory_cap": keeps - 0.5}))
+    with pytest.raises(UserError, match=r"memory_cap: no partition|activations take [\d.]+ at once, more than the cap"):
+        plan_stages(config({"size": 4, "schedule": schedule, "memory_cap": too_low}))
+
+
+def test_the_stages_that_keep_most_micro_batches_give_layers_to_the_others_under_a_cap() -> None:
+    layers = layers_of({"size": 4, "memory_cap": 2.0})  # 1f1b keeps 4, 3, 2 and 1 micro-batches of these stages
+    assert layers == [1, 1, 2, 4]
+    plan = plan_stages(config({"size": 4, "memory_cap": 2.0}))
+    made = plan_schedule("1f1b", 4, 1, 16, plan.costs)
+    assert max(simulate(made, plan.placement, plan.costs).peaks) <= 2.0
 
 
 def test_auto_keeps_to_the_cap_and_uses_what_it_gives() -> None:

@@ -92,6 +92,7 @@ class Executor:
         if a message cannot be sent or received within the groups' time limit.
         """
         self._begin(forward, shapes)
+        self.queue.pool = []
         with torch.set_grad_enabled(self.trains):
             for task in self._tasks:
                 if task.prepares is not None:
@@ -100,6 +101,8 @@ class Executor:
                     task.run(task, task.inbox.take(task.number) if task.takes and task.inbox is not None else None)
                 else:
                     self._run_timed(task, recording)
+        assert not self.queue.pool, "a weight gradient was left behind"
+        self.queue.pool = None
         for sync in self._unfinished.values():
             sync.finish()
         for outbox in self._outboxes.values():

@@ -9,7 +9,7 @@ bisection over these sums, and it is exact. Of all partitions under this bound, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, product
 from math import inf
@@ -31,29 +31,27 @@ class Piece:
     weight_gradient: float
     activation: float = 0.0
     """Kept from the forward pass until the weight gradient is done."""
-    memory: float = 0.0
-    """What a stage with this piece needs for it in all: parameters, and activations of as many micro-batches as it
-    keeps."""
 
     @property
     def time(self) -> float:
         return self.forward + self.input_gradient + self.weight_gradient
 
 
-def partition(pieces: Sequence[Piece], placement: Placement, memory_cap: float = inf) -> Bounds:
-    """Stages for embedding, layers and head. The cap is on each stage's `memory`: where a rank has several stages, each
-    has its share. Raises UserError if no partition keeps it."""
-    times, memory = _items([p.time for p in pieces]), _items([p.memory for p in pieces])
+def partition(pieces: Sequence[Piece], placement: Placement, caps: Sequence[float] | None = None) -> Bounds:
+    """Stages for embedding, layers and head. `caps`: of each stage, on the sum of its `activation`. Raises UserError if
+    no partition keeps them."""
+    times, kept = _items([p.time for p in pieces]), _items([p.activation for p in pieces])
     stages = len(placement)
     assert stages <= len(times), "every stage needs a layer"
-    bound = _least_bound(times, memory, stages, memory_cap)
+    caps = caps or [inf] * stages
+    bound = _least_bound(times, kept, caps)
     if bound is None:
         raise UserError(
-            f"parallel.pipeline: no partition of {len(times)} layers into {stages} stages keeps each under a memory of "
-            f"{memory_cap:g}: choose more pipeline ranks, more recomputation or a smaller micro-batch"
+            f"parallel.pipeline.memory_cap: no partition of {len(times)} layers into {stages} stages keeps within it: "
+            "raise it, or choose another schedule, more pipeline ranks or more recomputation"
         )
-    cuts = _even_cuts(times, memory, stages, bound, memory_cap)
-    return tuple(pairwise(_balanced(cuts, times, memory, placement, bound, memory_cap)))
+    cuts = _even_cuts(times, kept, bound, caps)
+    return tuple(pairwise(_balanced(cuts, times, kept, placement, bound, caps)))
 
 
 def bounds_of(layers: Sequence[int]) -> Bounds:
@@ -84,42 +82,46 @@ def _items(values: Sequence[float]) -> list[float]:
     return items
 
 
-def _least_bound(times: list[float], memory: list[float], stages: int, cap: float) -> float | None:
+def _least_bound(times: list[float], kept: list[float], caps: Sequence[float]) -> float | None:
     sums = sorted({sum_ for first in range(len(times)) for sum_ in accumulate(times[first:])})
     low, high = 0, len(sums)
     while low < high:
         middle = (low + high) // 2
-        if _stages_needed(times, memory, sums[middle], cap) <= stages:
+        if _fits(times, kept, sums[middle], caps):
             high = middle
         else:
             low = middle + 1
     return sums[low] if low < len(sums) else None
 
 
-def _stages_needed(times: list[float], memory: list[float], bound: float, cap: float) -> float:
-    needed, time, held = 1, 0.0, 0.0
-    for t, m in zip(times, memory, strict=True):
-        if t > bound or m > cap:
-            return inf
-        if time + t > bound or held + m > cap:
-            needed, time, held = needed + 1, 0.0, 0.0
-        time, held = time + t, held + m
-    return needed
+def _fits(times: list[float], kept: list[float], bound: float, caps: Sequence[float]) -> bool:
+    """Whether there is a partition under the bound and the caps."""
+    ends = {0}  # at which the stages so far may end
+    for cap in caps:
+        ends = {end for first in ends for end in _ends(times, kept, first, bound, cap)}
+    return len(times) in ends
 
 
-def _even_cuts(times: list[float], memory: list[float], stages: int, bound: float, cap: float) -> list[int]:
+def _ends(times: list[float], kept: list[float], first: int, bound: float, cap: float) -> Iterator[int]:
+    """Where a stage from layer `first` on may end."""
+    time = held = 0.0
+    for end in range(first + 1, len(times) + 1):
+        time, held = time + times[end - 1], held + kept[end - 1]
+        if time > bound or held > cap:
+            return
+        yield end
+
+
+def _even_cuts(times: list[float], kept: list[float], bound: float, caps: Sequence[float]) -> list[int]:
     """Of the partitions under the bound, the one whose stages' times have the least sum of squares."""
     count = len(times)
     best = [0.0] + [inf] * count
     origins: list[list[int]] = []
-    for _ in range(stages):
+    for cap in caps:
         after, origin = [inf] * (count + 1), [0] * (count + 1)
-        for first in range(count):
-            time = held = 0.0
-            for end in range(first + 1, count + 1):
-                time, held = time + times[end - 1], held + memory[end - 1]
-                if time > bound or held > cap:
-                    break
+        for first in (place for place in range(count) if best[place] < inf):
+            for end in _ends(times, kept, first, bound, cap):
+                time = sum(times[first:end])
                 if best[first] + time * time < after[end]:
                     after[end], origin[end] = best[first] + time * time, first
         best = after
@@ -131,15 +133,20 @@ def _even_cuts(times: list[float], memory: list[float], stages: int, bound: floa
 
 
 def _balanced(
-    cuts: list[int], times: list[float], memory: list[float], placement: Placement, bound: float, cap: float
+    cuts: list[int],
+    times: list[float],
+    kept: list[float],
+    placement: Placement,
+    bound: float,
+    caps: Sequence[float],
 ) -> list[int]:
     """Moves single layers from stage to stage, those between shifting along, as long as it evens out the ranks."""
 
     def score(cuts: list[int]) -> tuple[float, float]:
         ranks = [0.0] * (max(placement) + 1)
-        for rank, (first, end) in zip(placement, pairwise(cuts), strict=True):
+        for rank, cap, (first, end) in zip(placement, caps, pairwise(cuts), strict=True):
             time = sum(times[first:end])
-            if first == end or time > bound or sum(memory[first:end]) > cap:
+            if first == end or time > bound or sum(kept[first:end]) > cap:
                 return inf, inf
             ranks[rank] += time
         return max(ranks), sum(time * time for time in ranks)

@@ -15,6 +15,7 @@ activations are alive at a time and gradients add up (gradient accumulation): F0
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 
@@ -88,6 +89,16 @@ def v_shaped(ranks: int) -> Placement:
 def placement_of(schedule: Schedule, ranks: int, chunks: int) -> Placement:
     """Where a schedule has its stages. It depends on nothing that changes during a run."""
     return v_shaped(ranks) if ranks > 1 and schedule in ("zbv", "dualpipev") else looped(ranks, chunks)
+
+
+def in_flight(orders: Orders) -> list[int]:
+    """For each stage, the most micro-batches whose activations it keeps at once."""
+    alive: Counter[int] = Counter()
+    most: Counter[int] = Counter()
+    for action in (action for order in orders for action in order):
+        alive[action.stage] += (action.op is Op.FORWARD) - (action.op in WEIGHTS)
+        most[action.stage] = max(most[action.stage], alive[action.stage])
+    return [most[stage] for stage in range(len(most))]
 
 
 def peer(op: Op, stage: int, placement: Placement) -> int:

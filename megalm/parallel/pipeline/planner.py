@@ -41,9 +41,10 @@ def plan_schedule(
         name = templates(placement)[0] if schedule == "auto" else schedule
         orders = compute_orders(name, placement, micro_batches, forward_only)
     if memory_cap is not None and (peak := max(simulate(orders, placement, costs).peaks)) > memory_cap:
+        other = "another schedule, " if ranks > 1 else ""
         raise UserError(
             f"parallel.pipeline.schedule={schedule}: a rank's activations take {peak:g} at once, more than the cap of "
-            f"{memory_cap:g}: choose another schedule, more recomputation or a smaller micro-batch"
+            f"{memory_cap:g}: choose {other}more recomputation or a smaller micro-batch"
         )
     plan = lower(orders, placement, costs, tied)
     validate(plan, placement, micro_batches, tied, forward_only, costs, memory_cap)

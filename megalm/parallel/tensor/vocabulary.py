@@ -69,8 +69,9 @@ class VocabularyMatrix(nn.Module):
                 return wait(start_gather(x[None], axis))
 
             shard = VocabShard(self.first, self.rows, self.vocabulary, stacked)
+        pool = None if self.tp.queue is None else self.tp.queue.pool
         return linear_cross_entropy(
-            x_TD, self.weight, labels_T, counted_T, z_loss, softcap, scale, smoothing=smoothing, shard=shard
+            x_TD, self.weight, labels_T, counted_T, z_loss, softcap, scale, smoothing=smoothing, shard=shard, pool=pool
         )
 
     def logits(self, x_TD: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -93,6 +94,7 @@ def load_deepspeed(device: torch.device) -> ModuleType:
             "or choose engine fsdp"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r".*(all_gather|reduce_scatter).*deprecated", FutureWarning)
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

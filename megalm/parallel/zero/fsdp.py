@@ -151,6 +151,6 @@ class FsdpSync:
 
 
 def end_backward(root: FSDPModule) -> None:
-    """What FSDP does at the end of a backward pass, for gradients that came after it. The only use of torch's private
-    names; torch's own pipeline does the same for its REDUCE_GRAD (torch/distributed/pipelining/stage.py)."""
+    """What FSDP does at the end of a backward pass, for gradients that came after it: by a private name of torch's, as
+    its own pipeline does for REDUCE_GRAD (torch/distributed/pipelining/stage.py)."""
     root._get_fsdp_state()._root_post_backward_final_callback()

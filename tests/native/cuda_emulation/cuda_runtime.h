@@ -272,6 +272,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     cuda_emulation::last_kernel = reinterpret_cast<const void*>(kernel);
     return cuda_emulation::launch(config->gridDim, config->blockDim, [=] { kernel(Parameters(given)...); });
 }
+struct cudaFuncAttributes {};
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+    return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 /// For tests: the order in which lanes run, and the kernel that was launched last.

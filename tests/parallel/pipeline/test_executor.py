@@ -22,7 +22,7 @@ from megalm.parallel.pipeline.timeline import read_timeline
 
 SCHEDULES = [
     ("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("looped-bfs", 2), ("zb-h1", 1), ("interleaved-zb", 2), ("zbv", 2),
-    ("dualpipev", 2),
+    ("dualpipev", 2), ("auto", 1),
 ]  # fmt: skip
 COUNTS = (1, 3, 8)  # micro-batches
 
