@@ -87,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if argument == "" and before != "--prompt":  # as a path it would mean the current directory
             return fail(f"an argument after {before} is empty: is a variable of the shell not set?")
     return exit_code(
-        lambda: typer.main.get_command(app).main(args=arguments, prog_name="megalm", standalone_mode=False)
+        lambda: typer.main.get_command(app).main(
+            args=arguments, prog_name="megalm", standalone_mode=False, obj=arguments
+        )
     )
 
 

@@ -90,6 +90,30 @@ def windows(
         yield assemble(tokens_BS1, same_B + number, eod, document_attention, memory)
 
 
+def shared_windows(
+    source: Source,
+    number: int,
+    first: int,
+    count: int,
+    length: int,
+    micro_size: int,
+    eod: int,
+    document_attention: bool,
+    rank: int,
+    ranks: int,
+) -> Iterator[MicroBatch]:
+    """The r-th of `ranks` shares of `windows`. All have as many micro-batches; where sequences run out, some hold one
+    that does not count."""
+    share = -(-count // ranks)
+    begin = min(rank * share, count)
+    mine = min(share, count - begin)
+    settings = (length, micro_size, eod, document_attention)
+    yield from windows(source, number, first + begin * length, mine, *settings)
+    for _ in range(-(-mine // micro_size), -(-share // micro_size)):
+        [one] = windows(source, number, first, 1, *settings)
+        yield replace(one, loss_mask_T=np.zeros_like(one.loss_mask_T))
+
+
 class GlobalBatch(NamedTuple):
     """One step's samples: what this rank reads of them, and what identifies all of them."""
 
@@ -183,21 +207,10 @@ class Loader:
 
     def validation(self, micro_size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[str, Iterator[MicroBatch]]]:
         """Each source's name and its held-out samples in the order of the text, `micro_size` at a time: the r-th of
-        `ranks` shares. All have as many micro-batches; where samples run out, some hold one that does not count."""
-        for number, source in enumerate(self._sources):
-            yield source.name, self._held_out(number, micro_size, rank, ranks)
-
-    def _held_out(self, number: int, micro_size: int, rank: int, ranks: int) -> Iterator[MicroBatch]:
-        split = self._splits[number]
-        share = -(-split.held_out // ranks)
-        first = min(rank * share, split.held_out)
-        count = min(share, split.held_out - first)
-        settings = (self._length, micro_size, self._eod, self._document_attention)
-        start = split.held_out_start + first * self._length
-        yield from windows(self._sources[number], number, start, count, *settings)
-        for _ in range(-(-count // micro_size), -(-share // micro_size)):
-            [one] = windows(self._sources[number], number, split.held_out_start, 1, *settings)
-            yield replace(one, loss_mask_T=np.zeros_like(one.loss_mask_T))
+        `ranks` shares, as `shared_windows` has them."""
+        settings = (self._length, micro_size, self._eod, self._document_attention, rank, ranks)
+        for number, (source, split) in enumerate(zip(self._sources, self._splits, strict=True)):
+            yield source.name, shared_windows(source, number, split.held_out_start, split.held_out, *settings)
 
     def _global_batch(
         self, first: int, sizes: Sequence[int], rank: int, ranks: int, finish: Callable[[MicroBatch], MicroBatch] | None

@@ -17,8 +17,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 TO_END = "120"  # seconds that ranks have to end well, with a checkpoint, when the run is asked to stop
 
 
-def start_local(processes: int, arguments: Sequence[str]) -> int:
-    """Runs `python -m megalm.train ARGUMENTS` in `processes` ranks; returns an exit code: 0, the first failed rank's,
+def start_local(processes: int, arguments: Sequence[str], module: str = "megalm.train") -> int:
+    """Runs `python -m MODULE ARGUMENTS` in `processes` ranks; returns an exit code: 0, the first failed rank's,
     or 128 and the number of the signal that ended the run, or that rank."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", TO_END)
     # As torchrun does: with several processes a machine, each would otherwise start a thread for each core.
@@ -36,7 +36,7 @@ def start_local(processes: int, arguments: Sequence[str]) -> int:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "megalm.train", *arguments)
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
     except SignalException as asked:
         return 128 + asked.sigval
     except ChildFailedError as error:

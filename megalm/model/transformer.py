@@ -13,10 +13,12 @@ vocabulary; of H, K, F and V those of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +49,14 @@ class ModelInputs(NamedTuple):
     """int64, from 0 in each document."""
     ends: Tensor
     """int32: cumulative ends of the documents, `[0, ..., T]`; may stay on the CPU."""
-    labels_T: Tensor
-    """int64: the token after each."""
-    counted_T: Tensor
+    labels_T: Tensor | None
+    """int64: the token after each; None where no loss is wanted."""
+    counted_T: Tensor | None
     """bool: which tokens' losses count."""
     keys_B: Tensor | None = None
     """int64, the sequences' `megalm.ops.dropout.sequence_keys`; None drops nothing, as in evaluation."""
+    caches: Sequence[Cache] | None = None
+    """One a document, which hold what came before these tokens, and then hold these, too: for generation."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +80,33 @@ class Context(NamedTuple):
 
 @dataclass
 class LayerCache:
-    """Keys and values that one layer has seen, one document: [capacity, K, E], of which `length` rows are filled."""
+    """The keys and values that one layer has of one document, for this rank's heads."""
 
-    keys: Tensor
-    values: Tensor
+    kept: Tensor | None = None
+    """[2, capacity, K, E], keys before values, of which `length` rows are filled."""
     length: int = 0
 
     def append(self, k_IKE: Tensor, v_IKE: Tensor) -> tuple[Tensor, Tensor]:
         """Adds I tokens; returns all keys and values so far."""
         end = self.length + len(k_IKE)
-        self.keys[self.length : end], self.values[self.length : end] = k_IKE, v_IKE
+        if self.kept is None or end > self.kept.shape[1]:  # doubled, so that a row is moved once, on average
+            grown = k_IKE.new_empty(2, 2 * end, *k_IKE.shape[1:])
+            if self.kept is not None:
+                grown[:, : self.length] = self.kept[:, : self.length]
+            self.kept = grown
+        self.kept[0, self.length : end], self.kept[1, self.length : end] = k_IKE, v_IKE
         self.length = end
-        return self.keys[:end], self.values[:end]
+        return self.kept[0, :end], self.kept[1, :end]
+
+
+@dataclass
+class Cache:
+    """The keys and values that a rank's layers have of one document, by the layers' numbers."""
+
+    layers: dict[str, LayerCache] = field(default_factory=dict)
+
+    def of(self, layer: str) -> LayerCache:
+        return self.layers.setdefault(layer, LayerCache())
 
 
 KEPT = {  # by selective recomputation: what is slow to compute or to send again
@@ -137,7 +156,7 @@ class Attention(nn.Module):
             self.parts = {"sinks": tp.part((config.num_heads,), 0)}
             self.sinks = nn.Parameter(torch.empty(self.parts["sinks"].size))
 
-    def forward(self, x_RD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_RD: Tensor, context: Context, caches: Sequence[LayerCache] | None = None) -> Tensor:
         projected = column(x_RD, [self.query, self.key, self.value], self.tp)
         q_THE, k_TKE, v_TKE = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if self.query_norm is not None and self.key_norm is not None:
@@ -145,13 +164,30 @@ class Attention(nn.Module):
         if context.rotary is not None:
             q_THE, k_TKE = apply_rotary(q_THE, context.rotary), apply_rotary(k_TKE, context.rotary)
         options = (self.window, self.softcap, self.sinks) if self.fused_softmax else (self.window, self.softcap)
-        if cache is None:
+        if caches is None:
             attend = softmax_attention if self.fused_softmax else attention
             out_THE = attend(q_THE, k_TKE, v_TKE, context.segments, *options)
         else:
-            attend_to = softmax_attention_to_cache if self.fused_softmax else attention_to_cache
-            out_THE = attend_to(q_THE, *cache.append(k_TKE, v_TKE), *options)
+            out_THE = self._attend_to_caches(q_THE, k_TKE, v_TKE, caches, context.segments, *options)
         return self.output(out_THE.flatten(1))
+
+    def _attend_to_caches(
+        self,
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+        caches: Sequence[LayerCache],
+        segments: Segments,
+        *options: Any,
+    ) -> Tensor:
+        """Where all documents begin here, as without caches; else one after the other."""
+        begin = all(cache.length == 0 for cache in caches)
+        parts = list(pairwise(segments.ends.tolist()))
+        seen = [cache.append(k_TKE[a:b], v_TKE[a:b]) for cache, (a, b) in zip(caches, parts, strict=True)]
+        if begin:
+            return (softmax_attention if self.fused_softmax else attention)(q_THE, k_TKE, v_TKE, segments, *options)
+        attend = softmax_attention_to_cache if self.fused_softmax else attention_to_cache
+        return torch.cat([attend(q_THE[a:b], *kv, *options) for kv, (a, b) in zip(seen, parts, strict=True)])
 
 
 class FeedForward(nn.Module):
@@ -185,15 +221,15 @@ class Block(nn.Module):
         self.feed_forward_norm = norm_layer(config, tp)
         self.feed_forward = FeedForward(config, tp)
 
-    def forward(self, x_RD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_RD: Tensor, context: Context, caches: Sequence[LayerCache] | None = None) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.compute(x_RD, context, cache)
+            return self.compute(x_RD, context, caches)
         recomputed = partial(checkpoint, self.compute, x_RD, context, use_reentrant=False)
         # torch.compile takes `context_fn` for selective recomputation only.
         return recomputed(context_fn=selective_contexts) if self.recompute == "selective" else recomputed()
 
-    def compute(self, x_RD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        y_RD = self.attention(self.attention_norm(x_RD), context, cache)
+    def compute(self, x_RD: Tensor, context: Context, caches: Sequence[LayerCache] | None = None) -> Tensor:
+        y_RD = self.attention(self.attention_norm(x_RD), context, caches)
         x_RD = x_RD + dropped(y_RD, context, 2 * self.number + 1, self.dropout)
         y_RD = self.feed_forward(self.feed_forward_norm(x_RD))
         return x_RD + dropped(y_RD, context, 2 * self.number + 2, self.dropout)
@@ -251,7 +287,7 @@ class Transformer(nn.Module):
         tokens_T: Tensor,
         positions_T: Tensor,
         ends: Tensor,
-        caches: list[LayerCache] | None = None,
+        caches: Sequence[Cache] | None = None,
         keys_B: Tensor | None = None,
         x_RD: Tensor | None = None,
     ) -> Tensor:
@@ -264,8 +300,8 @@ class Transformer(nn.Module):
                 x_RD = x_RD + self.position_embedding(self.tp.local_rows(positions_T), self.compute)
             x_RD = dropped(x_RD, context, 0, self.config.dropout)
         assert x_RD is not None, "a stage that does not embed needs what the one before it gave"
-        for number, block in enumerate(self.layers.values()):
-            x_RD = block(x_RD, context, caches[number] if caches is not None else None)
+        for number, block in self.layers.items():
+            x_RD = block(x_RD, context, None if caches is None else [cache.of(number) for cache in caches])
         return x_RD if self.final_norm is None else self.final_norm(x_RD)
 
     def _context(self, tokens_T: Tensor, positions_T: Tensor, ends: Tensor, keys_B: Tensor | None) -> Context:
@@ -280,14 +316,14 @@ class Transformer(nn.Module):
         self, batch: ModelInputs, x_RD: Tensor | None = None, scale: float = 1.0
     ) -> Tensor | tuple[Tensor, Tensor]:
         """A stage that predicts gives sums over the counted tokens, the same on every tensor rank: (objective times
-        `scale`, to differentiate; cross-entropy in nats). Any other gives x_RD for the next stage."""
-        x_RD = self.hidden(batch.tokens_T, batch.positions_T, batch.ends, None, batch.keys_B, x_RD)
-        if not self.stage.predicts:
+        `scale`, to differentiate; cross-entropy in nats). Any other, and any if there are no labels, gives x_RD."""
+        x_RD = self.hidden(batch.tokens_T, batch.positions_T, batch.ends, batch.caches, batch.keys_B, x_RD)
+        if not self.stage.predicts or batch.labels_T is None:
             return x_RD
         return self.output.cross_entropy(
             x_RD,
             batch.labels_T,
-            batch.counted_T,
+            known(batch.counted_T),
             z_loss=self.config.z_loss,
             softcap=self.config.logit_softcap,
             smoothing=self.config.label_smoothing,
@@ -295,8 +331,9 @@ class Transformer(nn.Module):
         )
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """Output logits [T, V] in float32 (or wider), for the few tokens that generation, in one process, asks for."""
-        logits_TV = F.linear(x_TD, self.output.weight.to(x_TD.dtype))
+        """Output logits [T, vocabulary] in float32 (or wider), all of them on every tensor rank; without gradient where
+        there are several."""
+        logits_TV = self.output.logits(x_TD)
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         cap = self.config.logit_softcap
         return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)

@@ -43,6 +43,7 @@ from megalm.parallel.zero.costs import memory
 from megalm.parallel.zero.deepspeed import DeepSpeedStage, load_deepspeed
 from megalm.parallel.zero.fsdp import shard_stage
 from megalm.parallel.zero.regions import Region, regions
+from megalm.parallel.zero.sync import GradientSync, NoSync
 from megalm.train.device import DTYPES, pick_device, total_memory
 from megalm.train.passes import Passes
 from megalm.train.stages import Stages, plan_stages
@@ -141,37 +142,62 @@ def layout_of(parallel: Parallel) -> Layout:
 def build_parts(inputs: Inputs) -> Parts:
     """Steps 4 to 9, on all ranks of the default process group; with a layout of one process there is none."""
     config, device, plan = inputs.config, inputs.device, inputs.stages
-    layout, model = layout_of(config.parallel), config.model
-    mesh = Mesh(device=device)
-    if layout.size > 1:
-        copies = max(1, layout.tensor // known(model.num_kv_heads))
-        mesh = build_mesh(layout, device, timedelta(seconds=config.run.timeout), copies)
-        warm_up(mesh)
-    compute = DTYPES[config.precision.compute]
-    tp = TensorParallel(
-        mesh.tensor,
-        config.parallel.sequence_sharding and layout.tensor > 1,
-        config.parallel.tensor_overlap,
-        WeightGradientQueue(),
-    )
-    stages, syncs = {}, {}
-    for number, (first, end) in enumerate(plan.bounds):
-        if plan.placement[number] != mesh.pipeline.rank:
-            continue
-        stage = Stage(first, end, number == 0, number == len(plan.bounds) - 1)
-        with torch.device("meta"):
-            stages[number] = Transformer(model, compute, config.run.recompute, tp, stage)
+    mesh = _mesh(config, device)
+    stages, syncs = _stages(config, mesh, plan), {}
+    for number, stage in stages.items():
         if config.parallel.zero.engine == "deepspeed":
-            return _under_deepspeed(config, stages[number].to_empty(device=device), mesh, plan)
-        syncs[number] = shard_stage(stages[number], mesh, config.parallel.zero, compute)
-        offloaded = config.parallel.zero.offload == "cpu" and layout.data > 1
-        stages[number].to_empty(device="cpu" if offloaded else device)
-        initialise(stages[number], config.run.seed)
-        for block in stages[number].layers.values() if config.run.compile else ():
+            return _under_deepspeed(config, stage.to_empty(device=device), mesh, plan)
+        syncs[number] = shard_stage(stage, mesh, config.parallel.zero, stage.compute)
+        offloaded = config.parallel.zero.offload == "cpu" and mesh.data.size > 1
+        stage.to_empty(device="cpu" if offloaded else device)
+        initialise(stage, config.run.seed)
+        for block in stage.layers.values() if config.run.compile else ():
             block.compile()
     passes = Passes(stages, syncs, mesh, config.parallel.pipeline, plan)
-    held = [region for stage in stages.values() for region in regions(stage, stage.parts, mesh)]
+    held = held_by(passes)
     return Parts(mesh, passes, build_optimizer(config.optimizer, held, mesh), held)
+
+
+def build_passes(config: Config, device: torch.device, plan: Stages) -> Passes:
+    """Steps 4 to 7 for a model that no step changes, its weights left empty. Only ZeRO 3 shards it: what rests whole on
+    each data rank in a training step does so always."""
+    mesh = _mesh(config, device)
+    stages, zero = _stages(config, mesh, plan), config.parallel.zero
+    syncs: dict[int, GradientSync] = {}
+    for number, stage in stages.items():
+        syncs[number] = shard_stage(stage, mesh, zero, stage.compute) if zero.stage == 3 else NoSync()
+        stage.to_empty(device=device)
+        stage.requires_grad_(False)
+    return Passes(stages, syncs, mesh, config.parallel.pipeline, plan)
+
+
+def held_by(passes: Passes) -> list[Region]:
+    """The parameters of all stages on this rank, at rest."""
+    return [region for stage in passes.stages.values() for region in regions(stage, stage.parts, passes.mesh)]
+
+
+def _mesh(config: Config, device: torch.device) -> Mesh:
+    layout = layout_of(config.parallel)
+    if layout.size == 1:
+        return Mesh(device=device)
+    copies = max(1, layout.tensor // known(config.model.num_kv_heads))
+    mesh = build_mesh(layout, device, timedelta(seconds=config.run.timeout), copies)
+    warm_up(mesh)
+    return mesh
+
+
+def _stages(config: Config, mesh: Mesh, plan: Stages) -> dict[int, Transformer]:
+    """Those of this rank, on the meta device."""
+    parallel, compute = config.parallel, DTYPES[config.precision.compute]
+    sequence = parallel.sequence_sharding and mesh.tensor.size > 1
+    tp = TensorParallel(mesh.tensor, sequence, parallel.tensor_overlap, WeightGradientQueue())
+    stages = {}
+    for number, (first, end) in enumerate(plan.bounds):
+        if plan.placement[number] == mesh.pipeline.rank:
+            stage = Stage(first, end, number == 0, number == len(plan.bounds) - 1)
+            with torch.device("meta"):
+                stages[number] = Transformer(config.model, compute, config.run.recompute, tp, stage)
+    return stages
 
 
 def _under_deepspeed(config: Config, model: Transformer, mesh: Mesh, plan: Stages) -> Parts:

@@ -8,7 +8,7 @@ Bits per byte do not depend on the tokenizer, so they compare models with differ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,14 +19,13 @@ import torch.distributed as dist
 
 from megalm.config.sections import known
 from megalm.data.dataset import Source
-from megalm.data.loader import Loader, MicroBatch, windows
+from megalm.data.loader import Loader, MicroBatch, shared_windows
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
 from megalm.train.build import model_inputs
+from megalm.train.packed import GROUP
 from megalm.train.passes import Passes
-from megalm.train.run_directory import TrainedModel
-
-GROUP = 32  # micro-batches that one plan takes through the model
+from megalm.train.trained import SavedModel
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,18 @@ def score(passes: Passes, tokenizer: Tokenizer, batches: Iterable[MicroBatch]) -
 
 def score_sources(passes: Passes, tokenizer: Tokenizer, loader: Loader, micro_size: int) -> dict[str, Score]:
     """The score of each source's held-out samples by name, on all ranks of the mesh, which share them."""
-    data, world = passes.mesh.data, passes.mesh.world
+    data = passes.mesh.data
     scores = [score(passes, tokenizer, batches) for _, batches in loader.validation(micro_size, data.rank, data.size)]
+    return dict(zip(loader.source_names, _of_all_ranks(passes, scores), strict=True))
+
+
+def _of_all_ranks(passes: Passes, scores: Sequence[Score]) -> list[Score]:
+    """The sums over all ranks."""
+    world = passes.mesh.world
     sums = torch.tensor([[s.nats, s.tokens, s.bytes] for s in scores], dtype=torch.float64, device=passes.mesh.device)
     if world.group is not None:
         dist.all_reduce(sums, group=world.group)
-    whole = [Score(nats, round(tokens), round(size)) for nats, tokens, size in sums.tolist()]
-    return dict(zip(loader.source_names, whole, strict=True))
+    return [Score(nats, round(tokens), round(size)) for nats, tokens, size in sums.tolist()]
 
 
 def evaluation_line(step: int, tokens: int, scores: dict[str, Score]) -> dict[str, Any]:
@@ -94,30 +98,38 @@ def evaluation_line(step: int, tokens: int, scores: dict[str, Score]) -> dict[st
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """What `evaluate_directory` looked at, and the score."""
+class Portion:
+    """Of a prepared directory: `count` sequences from token `first` on."""
 
-    part: str
-    sequences: int
-    score: Score
+    source: Source
+    what: str
+    first: int
+    count: int
+
+    def __repr__(self) -> str:
+        return f"{self.source.manifest.fingerprint} {self.first} {self.count}"
 
 
-def evaluate_directory(trained: TrainedModel, directory: Path) -> Evaluated:
-    """The score on a prepared directory: on what the run held out if the directory's data is one of its sources, else
-    on the whole."""
-    config, tokenizer = trained.config, trained.tokenizer
-    length, held_out = config.data.sequence_length, config.data.validation.samples
-    source = Source(directory.name, directory, tokenizer.fingerprint)
-    if source.manifest.fingerprint in trained.sources:
+def portion(saved: SavedModel, directory: Path) -> Portion:
+    """What the run held out if the directory's data is one of its sources, else the whole."""
+    length, held_out = saved.config.data.sequence_length, saved.config.data.validation.samples
+    source = Source(directory.name, directory, saved.tokenizer.fingerprint)
+    if source.manifest.fingerprint in saved.sources:
         split = source.split(length, held_out)
-        part, first, count = "held out", split.held_out_start, split.held_out
+        found = Portion(source, "held out", split.held_out_start, split.held_out)
     else:
-        part, first, count = "all", 0, (source.tokens - 1) // length
-    if count < 1:
+        found = Portion(source, "all", 0, (source.tokens - 1) // length)
+    if found.count < 1:
         raise UserError(
             f"{directory}: nothing to evaluate: the run held out {held_out} samples of each source, and the "
             f"directory's {source.tokens} tokens make {(source.tokens - 1) // length} sequences of {length}"
         )
-    micro_size = known(config.batch.micro_size)
-    batches = windows(source, 0, first, count, length, micro_size, tokenizer.eod, config.model.document_attention)
-    return Evaluated(part, count, score(Passes.of(trained.model), tokenizer, batches))
+    return found
+
+
+def score_portion(passes: Passes, saved: SavedModel, part: Portion) -> Score:
+    """The score, on all ranks of the mesh, which share the sequences."""
+    config, eod, data = saved.config, saved.tokenizer.eod, passes.mesh.data
+    settings = (config.data.sequence_length, known(config.batch.micro_size), eod, config.model.document_attention)
+    batches = shared_windows(part.source, 0, part.first, part.count, *settings, data.rank, data.size)
+    return _of_all_ranks(passes, [score(passes, saved.tokenizer, batches)])[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from megalm.config.sections import Pipeline, known
 from megalm.model.transformer import ModelInputs, Transformer
 from megalm.parallel.mesh import Mesh
-from megalm.parallel.pipeline.executor import Executor
+from megalm.parallel.pipeline.executor import Executor, Forward
 from megalm.parallel.pipeline.p2p import Buffers
 from megalm.parallel.pipeline.planner import plan_schedule
 from megalm.parallel.pipeline.recording import Recording
@@ -69,9 +69,31 @@ class Passes:
             nats.add_(cross_entropy)
             return objective
 
-        shapes = [(len(self._any.tp.local_rows(b.tokens_T)), self._any.config.hidden_size) for b in batches]
-        self._executor(len(batches), scale is None).step(forward, shapes, recording)
+        self._step(forward, batches, scale is None, recording)
         return nats
+
+    def read(self, batches: Sequence[ModelInputs], take: Callable[[int, Transformer, Tensor], None]) -> None:
+        """Takes micro-batches without labels forward; on the ranks of the last stage `take` gets each one's number,
+        that stage and its output x_TD. Not with sequence sharding, which wants numbers of tokens that divide."""
+        assert not self._any.tp.shards_rows, "documents may be of any length"
+
+        def forward(number: int, micro_batch: int, x_TD: Tensor | None) -> Tensor:
+            x_TD = self._calls[number](batches[micro_batch], x_TD)
+            if (stage := self.stages[number]).stage.predicts:
+                take(micro_batch, stage, x_TD)
+            return x_TD
+
+        self._step(forward, batches, True)
+
+    def _step(
+        self,
+        forward: Forward,
+        batches: Sequence[ModelInputs],
+        forward_only: bool,
+        recording: Recording | None = None,
+    ) -> None:
+        shapes = [(len(self._any.tp.local_rows(b.tokens_T)), self._any.config.hidden_size) for b in batches]
+        self._executor(len(batches), forward_only).step(forward, shapes, recording)
 
     def _executor(self, micro_batches: int, forward_only: bool) -> Executor:
         key = micro_batches, forward_only

@@ -1,4 +1,4 @@
-"""A run's directory, and finding a model in it again.
+"""A run's directory, and finding what is in it again.
 
 runs/tiny/config.yaml        resolved        tokenizer/       a copy of what text was encoded with
           metrics.jsonl      numbers         tensorboard/     the same
@@ -13,21 +13,17 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint import Place, latest, load, place, read_manifest, whole
+from megalm.checkpoint import Place, latest, place
 from megalm.checkpoint.places import names
-from megalm.config import Config, resolve, to_yaml
+from megalm.config import Config, to_yaml
 from megalm.config.text import read_yaml
 from megalm.data.tokenizer import FILES, RECORD, Tokenizer, load_tokenizer
 from megalm.errors import UserError
 from megalm.files import write_atomic
 from megalm.locks import lock
-from megalm.model.transformer import Transformer
-from megalm.train.build import build_model
-from megalm.train.device import DTYPES, pick_device
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER_FILES = (RECORD, *FILES.values())
@@ -147,32 +143,6 @@ def root_of(path: Place) -> Place:
         elsewhere = read_yaml(path / "config.yaml").get("checkpoint", {}).get("path")
         return place(elsewhere) if elsewhere else path / CHECKPOINTS
     return path / CHECKPOINTS if CHECKPOINTS in names(path) else path
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A checkpoint's model, and what it was trained with."""
-
-    config: Config
-    tokenizer: Tokenizer
-    model: Transformer
-    sources: dict[str, str]
-    """Names of the run's sources by the fingerprints of their data."""
-
-
-def load_model(path: Path) -> TrainedModel:
-    """The model of the checkpoint that `path` names. It is put on a GPU if there is one, wherever it was trained."""
-    checkpoint = find_checkpoint(path)
-    state = read_manifest(checkpoint).state
-    if "config" not in state:
-        raise UserError(f"{path}: holds an imported model and no run: train from it, with run.init_from={path}")
-    config = resolve(state["config"], world_size=None)
-    tokenizer = tokenizer_of(run_of(path, checkpoint), checkpoint, state)
-    assert tokenizer is not None, "a run has one"
-    model = build_model(config.model, pick_device("auto"), DTYPES[config.precision.compute])
-    load(checkpoint, whole({f"model.{name}": p for name, p in model.named_parameters()}), prefix="model.")
-    sources = {fingerprint: name for name, fingerprint in state["sources"].items()}
-    return TrainedModel(config, tokenizer, model.requires_grad_(False), sources)
 
 
 def run_of(path: Path, checkpoint: Place) -> Path:

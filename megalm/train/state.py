@@ -3,10 +3,10 @@ changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megalm.checkpoint import Shard
-from megalm.parallel.zero.regions import local
+from megalm.parallel.zero.regions import Region, local
 from megalm.train.build import Parts
 
 
@@ -25,3 +25,11 @@ def shards(parts: Parts) -> Iterator[Shard]:
             else:  # a count of steps: who has the parameter's first element saves it
                 first = not any(region.offset)
                 yield Shard(name, tensor, (), (), (), saved[0] and first, saved[1])
+
+
+def model_shards(held: Sequence[Region]) -> list[Shard]:
+    """The parameters alone, to be loaded."""
+    return [
+        Shard(f"model.{region.name}", local(region.parameter), region.part.shape, region.offset, region.size)
+        for region in held
+    ]

@@ -4,8 +4,10 @@ import errno
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from megalm.cli import main
 from megalm.config import Config, load_config
 from megalm.config.presets import PRESETS
 from megalm.errors import UserError
+from megalm.launch.ranks import Process
 
 CONFIG = """
 run: {dir: runs/tiny}
@@ -123,18 +126,34 @@ def test_train_hands_the_resolved_config_to_the_trainer(config: str, monkeypatch
 def test_generate_hands_its_options_on_and_prints_what_a_terminal_can_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from megalm.parallel.mesh import Mesh
+    from megalm.train.generate import Piece, Sampling
+
     calls: list[Any] = []
-    replace(monkeypatch, "megalm.train.run_directory", load_model=lambda path: path)
-    pieces = lambda *arguments: calls.append(arguments) or iter([" on\n", "\x1b[2J\ud800\u3000é"])  # noqa: E731
-    replace(monkeypatch, "megalm.train.generate", continuation=pieces)
-    options = ["--max-new-tokens", "5", "--temperature", "0", "--top-p", "0.5", "--seed", "7"]
-    assert main(["generate", str(tmp_path), "--prompt", "def f", *options]) == 0
+
+    @contextmanager
+    def opened(path: Path, process: Process, overrides: list[str], prepare: object) -> Iterator[tuple[Any, Any]]:
+        calls.append((path, process.size, overrides))
+        yield SimpleNamespace(passes=SimpleNamespace(mesh=Mesh())), [("def f", [1])]
+
+    def pieces(trained: object, prompts: list[list[int]], sampling: Sampling) -> list[Piece]:
+        calls.append((prompts, sampling))
+        return [Piece(0, " on\n", None), Piece(0, "\x1b[2J\ud800\u3000é", "end")]
+
+    monkeypatch.setattr("megalm.train.trained.opened_model", opened)
+    monkeypatch.setattr("megalm.train.generate.continuations", pieces)
+    draws = ["--max-new-tokens", "5", "--temperature", "0", "--top-p", "0.5", "--top-k", "3", "--seed", "7"]
+    stops = ["--stop", "\n\n", "--stop", "x", "--set", "run.device=cpu"]
+    assert main(["generate", str(tmp_path), "--prompt", "def f", *draws, *stops]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("def f on\n")
     assert printed.endswith("\u3000é\n")
     assert "\x1b" not in printed
     assert main(["generate", str(tmp_path), "--prompt", ""]) == 0
-    assert calls == [(tmp_path, "def f", 5, 0.0, 0.5, 7), (tmp_path, "", 128, 1.0, 1.0, 0)]
+    assert calls == [
+        (tmp_path, 1, ["run.device=cpu"]), ([[1]], Sampling(5, 0.0, 0.5, 3, 7, ("\n\n", "x"))),
+        (tmp_path, 1, ()), ([[1]], Sampling(128, 1.0, 1.0, 0, 0, ())),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ Shapes: R rows of this rank between the layers, T rows of all, D hidden.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,8 +30,9 @@ class VocabularyMatrix(nn.Module):
         super().__init__()
         self.tp, self.vocabulary = tp, vocabulary
         size, rank = tp.axis.size, tp.axis.rank
-        self.first = vocabulary * rank // size
-        self.rows = vocabulary * (rank + 1) // size - self.first
+        firsts = [vocabulary * i // size for i in range(size + 1)]
+        self.first, self.shares = firsts[rank], [end - first for first, end in pairwise(firsts)]
+        self.rows = self.shares[rank]
         self.parts = {"weight": Part((vocabulary, width), (self.first, 0), (self.rows, width), primary=primary)}
         self.weight = nn.Parameter(torch.empty(-(-vocabulary // size), width))
 
@@ -70,3 +73,11 @@ class VocabularyMatrix(nn.Module):
         return linear_cross_entropy(
             x_TD, self.weight, labels_T, counted_T, z_loss, softcap, scale, smoothing=smoothing, shard=shard, pool=pool
         )
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """x W^T with all rows of the vocabulary, on each rank; where these are several, gradients do not flow back."""
+        logits_TV = F.linear(x_TD, self.weight.to(x_TD.dtype))
+        if self.tp.axis.size == 1:
+            return logits_TV
+        logits_NTV = wait(start_gather(logits_TV[None], self.tp.axis))
+        return torch.cat([part[:, :rows] for part, rows in zip(logits_NTV, self.shares, strict=True)], 1)
