@@ -3,6 +3,7 @@
 runs/tiny/config.yaml        resolved        tokenizer/       a copy of what text was encoded with
           metrics.jsonl      numbers         tensorboard/     the same
           train.log          what was said   checkpoints/step-00000100/
+          stopped            why, if the run was told to stop before its end: whoever starts jobs starts it again
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megalm.train.device import DTYPES, pick_device
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER_FILES = (RECORD, *FILES.values())
+STOPPED = "stopped"
 MARK = ".megalm-run"  # the file that makes a directory a run's, and its lock
 
 
@@ -97,8 +99,14 @@ def _logging(directory: Path) -> Iterator[None]:
         handler.close()
 
 
+def mark_stopped(directory: Path, reason: str) -> None:
+    """Leaves word that the run is not complete, although its processes have ended well."""
+    write_atomic(directory / STOPPED, f"{reason}\n".encode())
+
+
 def describe(config: Config, directory: Path) -> None:
-    """Writes what the run is made of into its directory: the resolved config and the tokenizer."""
+    """Writes what the run is made of into its directory: the resolved config and the tokenizer. It goes on."""
+    (directory / STOPPED).unlink(missing_ok=True)
     write_atomic(directory / "config.yaml", to_yaml(config).encode())
     _copy_tokenizer(config.tokenizer.path, directory / "tokenizer")
 

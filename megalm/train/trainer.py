@@ -42,17 +42,27 @@ from megalm.optim.gradients import clip, sum_copies, totals
 from megalm.optim.schedule import learning_rate_factor
 from megalm.parallel.pipeline.recording import Recording
 from megalm.parallel.pipeline.timeline import TIMELINE
-from megalm.train.build import Inputs, Parts, build_inputs, build_model, build_parts, model_inputs, pinned
+from megalm.train.build import (
+    BYTES_A_PARAMETER,
+    Inputs,
+    Parts,
+    build_inputs,
+    build_model,
+    build_parts,
+    model_inputs,
+    pinned,
+)
 from megalm.train.device import DTYPES, memory_bytes, peak_flops
 from megalm.train.evaluate import evaluation_line, score_sources
 from megalm.train.metrics import Metrics
 from megalm.train.progress import Terminal, summary
 from megalm.train.resume import differences, refuse_another_run
-from megalm.train.run_directory import CHECKPOINTS, check_directory, describe, opened
-from megalm.train.signals import StopRequest
+from megalm.train.run_directory import CHECKPOINTS, check_directory, describe, mark_stopped, opened
+from megalm.train.signals import StopRequest, in_seconds
 from megalm.train.state import shards
 
 logger = logging.getLogger("megalm")
+SAVES = 50e6  # bytes a second that a rank is expected to save, before it has
 RECORDED = 2  # the step whose timeline is kept, counted from the process's first, which is slower
 
 
@@ -130,7 +140,7 @@ class Trainer:
         self.saved: int | None = None
         """The step of the newest checkpoint."""
         self.stopping = False
-        """Whether some rank had been asked to stop by the last step, as all ranks know."""
+        """Whether some rank had a reason to stop by the last step, as all ranks know."""
         self._resume()
         self._recorded = self.position.step + RECORDED
 
@@ -139,29 +149,37 @@ class Trainer:
         if self.position.step >= self.steps:
             logger.info("%s: complete: all %d steps are done", self.directory, self.steps)
             return
+        stop.limit = in_seconds(self.config.run.time_limit)
+        stop.slowest["save"] = max(1.0, self.parameters * BYTES_A_PARAMETER / self.mesh.layout.size / SAVES)
         self.peak = peak_flops(self.inputs.device, DTYPES[self.config.precision.compute])
         with ExitStack() as stack:
             metrics = stack.enter_context(closing(self._metrics())) if self.mesh.rank == 0 else None
             stream = stack.enter_context(closing(self.stream()))
             terminal.start(self.steps, self.position.step)
             if self.position.step == 0:
-                self._evaluate(metrics)
+                with stop.timed("evaluation"):
+                    self._evaluate(metrics)
             while self.position.step < self.steps and not self.stopping:
-                values = self.step(stream, stop)
+                with stop.timed("step"):
+                    values = self.step(stream, stop)
                 done = self.position.step
                 if metrics and (done % self.config.log.every == 0 or done == self.steps):
                     metrics.write(values)
                     terminal.step(values)
                 last = done == self.steps
                 if last or done % known(self.config.evaluate.every) == 0:
-                    self._evaluate(metrics)
+                    with stop.timed("evaluation"):
+                        self._evaluate(metrics)
                 if last or done % known(self.config.checkpoint.every) == 0:
-                    self._save(metrics)
+                    with stop.timed("save"):
+                        self._save(metrics)
             if (self.saved or 0) < self.position.step:
                 self._save(metrics)
-            if self.stopping:
-                name = stop.received.name if stop.received else "a signal to another rank"
-                logger.info("%s: stopped after step %d; start again to go on", name, self.position.step)
+            if self.stopping and self.position.step < self.steps:
+                reason = stop.reason or "a signal to another rank, or its time limit"
+                logger.info("%s: stopped after step %d; start again to go on", reason, self.position.step)
+                if metrics:
+                    mark_stopped(self.directory, f"{reason} after step {self.position.step} of {self.steps}")
 
     def _metrics(self) -> Metrics:
         last_line = self.position.step or -1  # a run that starts anew evaluates at step 0 anew
@@ -249,13 +267,13 @@ class Trainer:
 
     def _sums(self, batch: Sequence[MicroBatch], nats: Tensor, stop: StopRequest) -> list[Tensor | float]:
         """What is added up over all ranks beside the gradient's norm: nats, pairs of tokens that see each other, bytes
-        of memory, and ranks that were asked to stop."""
+        of memory, and ranks that have a reason to stop."""
         mesh, window = self.mesh, self.config.model.sliding_window
         pairs = 0
         if mesh.tensor.rank == 0 and mesh.pipeline.rank == 0:  # the others have the same micro-batches
             pairs = sum(seen_pairs(part.segments.tolist(), window) for part in batch)
         mine = nats if self.parts.passes.predicts else 0.0
-        return [mine, pairs, memory_bytes(mesh.device), float(stop.received is not None)]
+        return [mine, pairs, memory_bytes(mesh.device), float(bool(stop.reason))]
 
     def _diverged(self, step: int, loss: float, norm: float) -> UserError:
         where = "there is no checkpoint yet" if self.saved is None else f"the last checkpoint is of step {self.saved}"

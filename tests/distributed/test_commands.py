@@ -184,7 +184,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(data: Path, tmp_path
     last = read_metrics(run)[-1]["step"]
     assert last < 5000
     assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
-    assert f"a signal to another rank: stopped after step {last}" in (run / "train.log").read_text()
+    assert f"a signal to another rank, or its time limit: stopped after step {last}" in (run / "train.log").read_text()
 
 
 def test_a_run_that_diverges_ends_all_ranks_with_one_line(data: Path, tmp_path: Path) -> None:
