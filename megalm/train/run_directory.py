@@ -22,6 +22,7 @@ from megalm.config import Config, resolve, to_yaml
 from megalm.data.tokenizer import FILES, RECORD, Tokenizer, load_tokenizer
 from megalm.errors import UserError
 from megalm.files import write_atomic
+from megalm.launch.slurm import STOPPED
 from megalm.locks import lock
 from megalm.model.transformer import Transformer
 from megalm.train.build import build_model
@@ -29,7 +30,6 @@ from megalm.train.device import DTYPES, pick_device
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER_FILES = (RECORD, *FILES.values())
-STOPPED = "stopped"
 MARK = ".megalm-run"  # the file that makes a directory a run's, and its lock
 
 
