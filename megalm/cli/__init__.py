@@ -19,7 +19,21 @@ from typing import Annotated
 import typer
 
 import megalm
-from megalm.cli import config, curate, data, env, evaluate, generate, inspect, merge, plan, tokenizer, trace, train
+from megalm.cli import (
+    config,
+    curate,
+    data,
+    env,
+    evaluate,
+    generate,
+    inspect,
+    launch,
+    merge,
+    plan,
+    tokenizer,
+    trace,
+    train,
+)
 from megalm.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -39,6 +53,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(plan.app, name="plan")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command("train")(train.train)
+app.command("launch")(launch.launch)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("env")(env.env)

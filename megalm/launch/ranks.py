@@ -42,7 +42,9 @@ def who_am_i(environment: Mapping[str, str]) -> Process:
     elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         _complete(environment, STEP)
         rank, local_rank, size = (_number(environment, name) for name in STEP[:3])
-        address = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
+        one_host = environment.get("SLURM_STEP_NUM_NODES") == "1"
+        meet = "localhost" if one_host else first_host(environment["SLURM_STEP_NODELIST"])
+        address = environment.get("MASTER_ADDR") or meet
         own_port = FIRST_PORT + _number(environment, "SLURM_JOB_ID") % PORTS
         port = _number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else own_port
     else:
