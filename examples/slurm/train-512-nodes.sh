@@ -23,7 +23,7 @@ shift 2
 ulimit -n "$(ulimit -Hn)"  # the first rank keeps a connection to each of the others; srun passes the limit on
 export PYTHONDONTWRITEBYTECODE=1  # thousands of processes would write the same files
 
-srun --kill-on-bad-exit=1 python -m megalm doctor "$config" run.dir="$run" "$@" || exit
+srun --kill-on-bad-exit=1 python -m megalm.train --doctor "$config" run.dir="$run" "$@" || exit
 srun --kill-on-bad-exit=1 python -m megalm.train "$config" run.dir="$run" "$@"
 code=$?
 if ((code == 0)) && [[ -e $run/stopped ]]; then

@@ -23,6 +23,7 @@ from megalm.cli import (
     config,
     curate,
     data,
+    doctor,
     env,
     evaluate,
     generate,
@@ -56,6 +57,7 @@ app.command("train")(train.train)
 app.command("launch")(launch.launch)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
 app.command("env")(env.env)
 
 

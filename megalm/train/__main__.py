@@ -1,4 +1,4 @@
-"""`python -m megalm.train CONFIG`: `megalm train` as launchers of processes start it.
+"""`python -m megalm.train CONFIG`: `megalm train` as launchers of processes start it, or `megalm doctor` with --doctor.
 
 DeepSpeed's launcher adds `--local_rank=N`, which its environment says as well; `megalm launch` adds `--job=FOLDER`.
 """
@@ -12,14 +12,15 @@ from megalm.cli import main
 from megalm.launch.job import mark_done
 from megalm.launch.lifeline import end_with_launcher
 
-OTHERS = ("--local_rank=", "--local-rank=", "--job=")
+OTHERS = ("--local_rank=", "--local-rank=", "--job=", "--doctor")
 
 
 def rank() -> int:
-    """Trains as one rank of a launcher's; returns the exit code."""
+    """What one rank of a launcher's does; returns the exit code."""
     end_with_launcher(os.environ)
     launcher = os.getppid()
-    code = main(["train", *(word for word in sys.argv[1:] if not word.startswith(OTHERS))])
+    command = "doctor" if "--doctor" in sys.argv else "train"
+    code = main([command, *(word for word in sys.argv[1:] if not word.startswith(OTHERS))])
     job = next((word.removeprefix("--job=") for word in sys.argv[1:] if word.startswith("--job=")), "")
     if job and code == 0 and os.environ.get("RANK") == "0" and os.getppid() == launcher:
         mark_done(job)

@@ -63,7 +63,7 @@ def whole(data: Path, steps: int) -> Path:
 def launch(slurm: Slurm, config: str, *words: str) -> str:
     """The job that `megalm launch --slurm` submits."""
     command = [sys.executable, "-m", "megalm", "launch", config, *TWO_BY_TWO, "--slurm", "--nodes=2"]
-    answer = slurm.run(*command, "--nproc-per-node=2", *words, cwd=Path(config).parent, **ENVIRONMENT)
+    answer = slurm.run(*command, "--processes-per-node=2", *words, cwd=Path(config).parent, **ENVIRONMENT)
     assert answer.returncode == 0, answer.stderr
     return answer.stdout.split()[1]
 
@@ -169,7 +169,7 @@ def test_an_array_of_tasks_prepares_data(slurm: Slurm, data: Path, tmp_path: Pat
 
 def test_the_doctor_sees_both_nodes(slurm: Slurm, data: Path, tmp_path: Path) -> None:
     config = write_config(data, tmp_path / "run")
-    words = ["doctor", config, *TWO_BY_TWO, "--slurm", "--nodes=2", "--nproc-per-node=2"]
+    words = ["doctor", config, *TWO_BY_TWO, "--slurm", "--nodes=2", "--nproc=2"]
     answer = slurm.run(sys.executable, "-m", "megalm", *words, cwd=tmp_path, **ENVIRONMENT)
     assert answer.returncode == 0, answer.stderr
     for word in ("node1", "node2", "tensor", "pipeline", "all ranks"):
