@@ -4,7 +4,8 @@
 #     sbatch examples/slurm/train-1-node.sh CONFIG RUN_DIR [KEY=VALUE ...]
 #
 # Shortly before the job's time is over Slurm sends USR1 to the ranks, which save, leave the file "stopped" in RUN_DIR
-# and end; the job then queues itself again, until the run is complete. Slurm itself queues it again when a node fails.
+# and end; the job then queues itself again, until the run is complete. It also does so after a failure, if there is a
+# new checkpoint since its start. Slurm itself queues it again when the node fails.
 #SBATCH --job-name=megalm
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -18,10 +19,12 @@
 set -uo pipefail
 config=$1 run=$2
 shift 2
+newest() { ls "$run/checkpoints" 2>/dev/null | tail -n 1; }
+before=$(newest)
 
 srun --kill-on-bad-exit=1 python -m megalm.train "$config" run.dir="$run" "$@"
 code=$?
-if ((code == 0)) && [[ -e $run/stopped ]]; then
+if { ((code == 0)) && [[ -e $run/stopped ]]; } || { ((code != 0)) && [[ $(newest) != "$before" ]]; }; then
     scontrol requeue "$SLURM_JOB_ID" || code=1
 fi
 exit "$code"

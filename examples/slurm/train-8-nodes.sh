@@ -5,7 +5,8 @@
 #
 # RUN_DIR, and all that CONFIG names, must be on a file system that all nodes share. Shortly before the job's time is over
 # Slurm sends USR1 to the ranks, which save, leave the file "stopped" in RUN_DIR and end; the job then queues itself again,
-# until the run is complete. Slurm itself queues it again when a node fails.
+# until the run is complete. It also does so after a failure, such as a lost node's, if there is a new checkpoint since its
+# start: the same failure at the same place ends it.
 #SBATCH --job-name=megalm
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -19,10 +20,12 @@
 set -uo pipefail
 config=$1 run=$2
 shift 2
+newest() { ls "$run/checkpoints" 2>/dev/null | tail -n 1; }
+before=$(newest)
 
 srun --kill-on-bad-exit=1 python -m megalm.train "$config" run.dir="$run" "$@"
 code=$?
-if ((code == 0)) && [[ -e $run/stopped ]]; then
+if { ((code == 0)) && [[ -e $run/stopped ]]; } || { ((code != 0)) && [[ $(newest) != "$before" ]]; }; then
     scontrol requeue "$SLURM_JOB_ID" || code=1
 fi
 exit "$code"

@@ -5,7 +5,8 @@
 #
 # DeepSpeed's launcher does not pass signals on (USR1 would end it and leave its ranks behind), so the ranks look at the
 # clock themselves: run.time_limit is the job's time without what starting takes. They save, leave the file "stopped" in
-# RUN_DIR and end; the job then queues itself again, until the run is complete.
+# RUN_DIR and end; the job then queues itself again, until the run is complete, and after a failure if there is a new
+# checkpoint since its start.
 #SBATCH --job-name=megalm
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -18,6 +19,8 @@
 set -uo pipefail
 config=$1 run=$2
 shift 2
+newest() { ls "$run/checkpoints" 2>/dev/null | tail -n 1; }
+before=$(newest)
 
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 hosts=$(mktemp "$PWD/hosts-$SLURM_JOB_ID.XXXXXX")
@@ -29,7 +32,7 @@ srun --kill-on-bad-exit=1 bash -c 'exec deepspeed --no_ssh --node_rank "$SLURM_N
     --hostfile "$hosts" --master_addr "${nodes%%$'\n'*}" --master_port "$((20000 + SLURM_JOB_ID % 10000))" \
     --module megalm.train "$config" run.dir="$run" run.time_limit=23:50:00 "$@"
 code=$?
-if ((code == 0)) && [[ -e $run/stopped ]]; then
+if { ((code == 0)) && [[ -e $run/stopped ]]; } || { ((code != 0)) && [[ $(newest) != "$before" ]]; }; then
     scontrol requeue "$SLURM_JOB_ID" || code=1
 fi
 exit "$code"

@@ -2,10 +2,12 @@
 
     sbatch -> srun, a rank a task -> ranks train
                                      USR1 from Slurm before the time is over: they save, leave word, end with 0
-           <- scontrol requeue, if they ended well and left word that there is more to do
+           <- scontrol requeue, if they ended well and left word that there is more to do, or if they failed and there
+              is a new checkpoint: a lost node ends the others before Slurm notices, and a failure that comes back at
+              the same place must not come back for ever
 
 Exit codes say too little to decide about the queue: with --kill-on-bad-exit srun makes one code of many. A job that is
-cancelled loses its script at once and is not queued again; one whose node dies is queued again by Slurm itself.
+cancelled loses its script at once and is not queued again.
 """
 
 from __future__ import annotations
@@ -29,12 +31,16 @@ TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d?))?(?::
 SCRIPT = """\
 #!/bin/bash
 # Trains on {nodes} nodes. Before its time is over it saves, and is queued again until the run is complete.
+# After a failure it is queued again if there is a new checkpoint since its start.
 {options}
 set -uo pipefail
+run={directory}
+newest() {{ ls "$run/checkpoints" 2>/dev/null | tail -n 1; }}
+before=$(newest)
 
 {command}
 code=$?
-if ((code == 0)) && [[ -e {stopped} ]]; then
+if {{ ((code == 0)) && [[ -e $run/{stopped} ]]; }} || {{ ((code != 0)) && [[ $(newest) != "$before" ]]; }}; then
     scontrol requeue "$SLURM_JOB_ID" || code=1
 fi
 exit "$code"
@@ -94,7 +100,8 @@ def _script(config: Config, arguments: Sequence[str], job: Job) -> str:
         nodes=job.nodes,
         options="\n".join(f"#SBATCH --{option}" for option in _options(job, _name(config))),
         command=shlex.join([*command, python, "-m", "megalm.train", *arguments]),
-        stopped=shlex.quote(str(Path(config.run.dir).absolute() / STOPPED)),
+        directory=shlex.quote(str(Path(config.run.dir).absolute())),
+        stopped=STOPPED,
     )
 
 
