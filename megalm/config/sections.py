@@ -38,6 +38,8 @@ class Section(BaseModel):
 class Run(Section):
     dir: FilePath
     """Run directory: config, metrics, log, TensorBoard events and checkpoints go there."""
+    group: Name | None = None
+    """Unix group whose members may read what the run writes; `null`: its owner alone may."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """Seed of the initialisation and of the order of samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -49,6 +49,8 @@ def who_am_i(environment: Mapping[str, str]) -> Process:
         port = _number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else own_port
     else:
         return Process()
+    if not 0 < port < 2**16:
+        raise UserError(f"MASTER_PORT={port} is no port: choose one from 1 to 65535")
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not 0 <= rank < size:
         raise UserError(f"the environment says rank {rank} of {size} processes: correct RANK and WORLD_SIZE")

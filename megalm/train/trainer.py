@@ -57,7 +57,7 @@ from megalm.train.evaluate import evaluation_line, score_sources
 from megalm.train.metrics import Metrics
 from megalm.train.progress import Terminal, summary
 from megalm.train.resume import differences, refuse_another_run
-from megalm.train.run_directory import CHECKPOINTS, check_directory, describe, mark_stopped, opened
+from megalm.train.run_directory import CHECKPOINTS, check_directory, describe, mark_stopped, opened, private
 from megalm.train.signals import StopRequest, in_seconds
 from megalm.train.state import shards
 
@@ -88,7 +88,7 @@ def run(load: Callable[[], Config], process: Process, stop: StopRequest, dry_run
 
     def prepare() -> Inputs:
         inputs = build_inputs(load(), process)
-        check_directory(Path(inputs.config.run.dir))
+        check_directory(Path(inputs.config.run.dir), inputs.config.run.group)
         return inputs
 
     world, chief = World(process), process.rank == 0
@@ -99,9 +99,10 @@ def run(load: Callable[[], Config], process: Process, stop: StopRequest, dry_run
         if dry_run:
             terminal.say("dry run: everything that can be checked is well; nothing was written")
             return
-        with world.joined(inputs.device, inputs.config.run.timeout), ExitStack() as stack:
+        group = inputs.config.run.group
+        with private(group), world.joined(inputs.device, inputs.config.run.timeout), ExitStack() as stack:
             if chief:
-                stack.enter_context(opened(directory))
+                stack.enter_context(opened(directory, group))
             trainer = Trainer(inputs, directory)
             if chief:
                 describe(inputs.config, directory)  # not before the run may go on: a refused one changes nothing

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 import pytest
 
-TOOLS = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "pdsh", "pkill")
+TOOLS = ("ip", "ss", "unshare", "nsenter", "setpriv", "sshd", "ssh", "ssh-keygen", "pdsh", "pkill")
 SSHD = """Port 22
 ListenAddress {address}
 HostKey {folder}/hostkey
@@ -127,7 +127,8 @@ class Hosts:
         )
         inner = ["unshare", "--uts", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child", "bash", "-c", script]
         with (self.folder / f"{name}.log").open("wb") as log, open(os.devnull, "rb") as nothing:
-            command = ["ip", "netns", "exec", self._space(name), *inner]
+            # If the tests are killed, the host goes with them.
+            command = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self._space(name), *inner]
             outer = subprocess.Popen(command, stdin=nothing, stdout=log, stderr=log, start_new_session=True)
         self._outer.append(outer)
         deadline = time.monotonic() + 60
@@ -147,16 +148,17 @@ class Hosts:
                     pytest.fail(f"{name}'s sshd does not answer: {(self.folder / f'{name}.log').read_text()}")
                 time.sleep(0.2)
 
-    def command(self, name: str, *words: str) -> list[str]:
+    def command(self, name: str, *words: str, cwd: str | Path = "/") -> list[str]:
         """What runs `words` on a host."""
-        return ["nsenter", "-t", str(self._inits[name].pid), "-m", "-u", "-n", "-p", "--", *words]
+        enter = ["nsenter", "-t", str(self._inits[name].pid), "-m", "-u", "-n", "-p", f"--wd={cwd}", "--"]
+        return [*enter, *words]
 
     def run(self, name: str, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(name, *words), capture_output=True, text=True, timeout=120, **more)
 
     def start(self, name: str, *words: str, **more: Any) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
-        command = self.command(name, *words)
+        command = self.command(name, *words, cwd=more.pop("cwd", "/"))
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, **more)
 
     def processes(self, name: str, word: str) -> list[psutil.Process]:
