@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from megalm.errors import UserError
+
 
 @dataclass(frozen=True)
 class Job:
@@ -46,7 +48,10 @@ def job(directory: Path, arguments: Sequence[str], variables: Mapping[str, str])
     token = secrets.token_hex(6)
     parent = next(parent for parent in place.parents if parent.is_dir())
     folder = parent / f".{place.name}.launch-{token}"
-    folder.mkdir(mode=0o700)
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise UserError(f"run.dir={directory}: {error.strerror} in {parent}: choose another directory") from None
     try:
         content = {"arguments": list(arguments), "directory": os.getcwd(), "variables": dict(variables)}
         descriptor = os.open(folder / "job.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

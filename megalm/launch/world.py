@@ -230,8 +230,7 @@ def _listen(process: Process) -> socket.socket:
         family, _, _, _, where = found[0]
     except OSError as error:
         raise UserError(f"MASTER_ADDR={process.address}: {error.strerror or error}: name rank 0's host") from error
-    named = not process.address.replace(".", "").isdigit() and ":" not in process.address
-    if named and process.address != "localhost" and ipaddress.ip_address(where[0]).is_loopback:
+    if _only_a_loopback(process.address, str(where[0])):
         raise UserError(
             f"MASTER_ADDR={process.address}: other hosts would not find rank 0, as its host's name leads to {where[0]} "
             "there: set MASTER_ADDR to its address on the network of the ranks, or to localhost on one host"
@@ -250,14 +249,22 @@ def _listen(process: Process) -> socket.socket:
 
 
 def own_address(peer: str) -> str:
-    """This machine's address on the way to `peer`; empty if there is none."""
+    """This machine's address on the way to `peer`; empty if there is none, or if its name leads to a loopback, where
+    other hosts would not find it."""
     try:
         family, _, _, _, where = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as way:  # nothing is sent
             way.connect(where)
-            return str(way.getsockname()[0])
+            own = str(way.getsockname()[0])
     except OSError:
         return ""
+    return "" if _only_a_loopback(peer, own) else own
+
+
+def _only_a_loopback(name: str, address: str) -> bool:
+    """Whether a host's name leads to itself alone, as Debian's /etc/hosts has it."""
+    literal = name.replace(".", "").isdigit() or ":" in name or name == "localhost"
+    return not literal and ipaddress.ip_address(address).is_loopback
 
 
 def _of_network(error: BaseException | None) -> bool:

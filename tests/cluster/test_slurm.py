@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,8 +27,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "slurm"
-TWO_BY_TWO = ["model.num_layers=4", "parallel.tensor=2", "parallel.pipeline.size=2", "run.timeout=60.0"]
-STEPS = 150  # some seconds of which a signal may come before the end
+TWO_BY_TWO = ["model.num_layers=4", "parallel.tensor=2", "parallel.pipeline.size=2", "run.timeout=900.0"]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=10"]
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -57,7 +56,7 @@ def alone(data: Path) -> Path:
 def whole(data: Path) -> Path:
     """An uninterrupted run of the layout of these tests."""
     run = data / "uninterrupted"
-    words = ["train", write_config(data, run), *TWO_BY_TWO, f"schedule.steps={STEPS}", "--nproc", "4"]
+    words = ["train", write_config(data, run), *TWO_BY_TWO, "--nproc", "4"]
     here = os.environ | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run([sys.executable, "-m", "megalm", *words], check=True, timeout=600, env=here)
     return run
@@ -100,24 +99,53 @@ def test_an_example_trains_on_two_nodes_as_one_process_does(
     assert not list(tmp_path.glob("hosts-*"))
 
 
-def test_a_job_saves_on_its_signal_goes_back_to_the_queue_and_goes_on_bit_for_bit(
-    slurm: Slurm, data: Path, whole: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    job = launch(slurm, write_config(data, run), f"schedule.steps={STEPS}", "--time=10")
-    wait_for_step(slurm, job, run, 3)
-    slurm.client("scancel", "--signal=USR1", job)
-    assert slurm.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", said(tmp_path, job)
+def held_until(slurm: Slurm, number: signal.Signals, act: Callable[[], object]) -> None:
+    """Suspends the ranks before `act`, until each has been sent a signal: they are in the same step as before, however
+    fast steps are here."""
+    found = [process for name in slurm.hosts.names for process in slurm.hosts.processes(name, "megalm.train")]
+    ranks = [rank for rank in found if rank.name().startswith("python")]
+    assert len(ranks) == 4
+    for rank in ranks:
+        rank.suspend()
+    act()
+    deadline = time.monotonic() + 300
+    while not all(_awaits(rank.pid, number) for rank in ranks):
+        assert time.monotonic() < deadline, f"no {number.name} has come"
+        time.sleep(0.1)
+    for rank in ranks:
+        rank.resume()
+
+
+def _awaits(process: int, number: signal.Signals) -> bool:
+    """Whether a suspended process has been sent a signal."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    pending = next(line for line in lines if line.startswith("ShdPnd"))
+    return bool(int(pending.split()[1], 16) >> (number - 1) & 1)
+
+
+def goes_on(slurm: Slurm, job: str, run: Path, whole: Path, because: str) -> None:
+    """The job comes back and makes what an uninterrupted run makes, bit for bit."""
+    assert slurm.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT") == "COMPLETED", said(run.parent, job)
     assert slurm.field(job, "Restarts") == "1"
     log = (run / "train.log").read_text()
-    assert "SIGUSR1: stopped after step" in log
+    assert because in log
     assert "continuing from" in log
     assert losses(run) == losses(whole)
 
 
+def test_a_job_saves_on_its_signal_goes_back_to_the_queue_and_goes_on_bit_for_bit(
+    slurm: Slurm, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = launch(slurm, write_config(data, run), "--time=10")
+    wait_for_step(slurm, job, run, 3)
+    held_until(slurm, signal.SIGUSR1, lambda: slurm.client("scancel", "--signal=USR1", job))
+    goes_on(slurm, job, run, whole, "SIGUSR1: stopped after step")
+
+
 def test_a_cancelled_job_saves_and_does_not_go_back_to_the_queue(slurm: Slurm, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = launch(slurm, write_config(data, run), "schedule.steps=100000", "checkpoint.every=100000")
+    job = launch(slurm, write_config(data, run), "schedule.steps=100000", "checkpoint.every=100000", "--time=10")
     wait_for_step(slurm, job, run, 3)
     slurm.client("scancel", job)
     slurm.wait_for(job, "CANCELLED")
@@ -134,44 +162,32 @@ def test_the_time_limits_signal_saves_and_the_job_goes_on_bit_for_bit(
     slurm: Slurm, data: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    words = [f"schedule.steps={STEPS}", "run.timeout=900.0", "--time=4", "--signal-before=60"]
-    job = launch(slurm, write_config(data, run), *words)
+    job = launch(slurm, write_config(data, run), "--time=4", "--signal-before=60")
     wait_for_step(slurm, job, run, 3)
-    ranks = [process for name in slurm.hosts.names for process in slurm.hosts.processes(name, "megalm.train")]
-    ranks = [rank for rank in ranks if rank.name().startswith("python")]
-    assert len(ranks) == 4
-    for rank in ranks:  # until the signal has come: minutes of steps would take as long on a machine that is idle
-        rank.suspend()
-    deadline = time.monotonic() + 240
-    while not all(awaits(rank.pid, signal.SIGUSR1) for rank in ranks) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    for rank in ranks:
-        rank.resume()
-    assert slurm.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT") == "COMPLETED", said(tmp_path, job)
-    assert slurm.field(job, "Restarts") == "1"
-    assert "SIGUSR1: stopped after step" in (run / "train.log").read_text()
-    assert losses(run) == losses(whole)
+    held_until(slurm, signal.SIGUSR1, lambda: None)
+    goes_on(slurm, job, run, whole, "SIGUSR1: stopped after step")
 
 
-def awaits(process: int, number: signal.Signals) -> bool:
-    """Whether a suspended process has been sent a signal."""
-    pending = next(
-        line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("ShdPnd")
-    )
-    return bool(int(pending.split()[1], 16) >> (number - 1) & 1)
+@pytest.mark.full
+def test_a_job_that_gives_way_to_a_more_important_one_goes_on_bit_for_bit(
+    slurm: Slurm, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = launch(slurm, write_config(data, run), "--time=10")
+    wait_for_step(slurm, job, run, 3)
+    held_until(slurm, signal.SIGTERM, lambda: slurm.submit("--partition=high", "--nodes=2", "-n16", "--wrap=true"))
+    goes_on(slurm, job, run, whole, "SIGTERM: stopped after step")
 
 
 @pytest.mark.full
 def test_a_job_whose_node_dies_goes_on_when_it_is_back(slurm: Slurm, data: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = launch(slurm, write_config(data, run), f"schedule.steps={STEPS}", "--time=10")
+    job = launch(slurm, write_config(data, run), "--time=10")
     wait_for_step(slurm, job, run, 8)  # the first checkpoint is of step 5
     slurm.kill_node("node2")
     slurm.wait_for(job, "PENDING")
     slurm.start_node("node2")
-    assert slurm.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", said(tmp_path, job)
-    assert slurm.field(job, "Restarts") == "1"
-    assert losses(run) == losses(whole)
+    goes_on(slurm, job, run, whole, "continuing from")
 
 
 def test_slurm_takes_each_example(slurm: Slurm) -> None:

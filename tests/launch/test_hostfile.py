@@ -62,3 +62,10 @@ def test_a_secret_that_others_may_read_is_refused_and_not_shown(tmp_path: Path) 
     assert "hush" not in str(error.value)
     path.chmod(0o600)
     assert read_variables({}, tmp_path, Path(os.devnull)) == {"WANDB_API_KEY": "hush"}
+
+
+def test_the_examples_are_what_they_seem() -> None:
+    examples = Path(__file__).parents[2] / "examples"
+    hosts = read_hostfile(examples / "hostfile")
+    assert {name: len(slots) for name, slots in hosts.items()} == {"node1": 8, "node2": 8}
+    assert read_variables({}, examples, examples)["NCCL_DEBUG"] == "WARN"

@@ -45,11 +45,13 @@ def test_slow_ranks_and_groups_are_told_from_the_middle_one() -> None:
     assert [slow_group(group, groups) for group in groups] == ["", "slow", "slow", ""]
 
 
-def test_every_rank_and_each_group_of_a_layout_is_in_the_tables(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [["--nproc=4"], pytest.param(["--hostfile=hosts"], marks=pytest.mark.full)])
+def test_every_rank_and_each_group_of_a_layout_is_in_the_tables(tmp_path: Path, launcher: list[str]) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=4\n")
     config = write_config(tmp_path, tmp_path / "run")
     layout = ["parallel.tensor=2", "parallel.pipeline.size=2"]
-    command = [sys.executable, "-m", "megalm", "doctor", config, *layout, "--nproc", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    command = [sys.executable, "-m", "megalm", "doctor", config, *layout, *launcher]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     heading, *lines = done.stdout.splitlines()
     assert f"torch {torch.__version__}" in heading
@@ -61,4 +63,4 @@ def test_every_rank_and_each_group_of_a_layout_is_in_the_tables(tmp_path: Path) 
     for row in rows[6:]:
         assert float(row[2].removesuffix(" µs").replace(",", "")) > 0
         assert float(row[3].removesuffix(" GB/s")) >= 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts", "run.yaml"]
