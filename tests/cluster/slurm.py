@@ -25,7 +25,8 @@ from hosts import Hosts
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 
-# A job that asks for the queue must not wait for its credential's end (cred_expire), nor a lost node's for minutes.
+# A job that asks for the queue must not wait for its credential's end (cred_expire), nor a lost node's for minutes; but
+# a machine that is busy with other tests must not look like a lost node.
 CONF = """
 ClusterName=megalm
 SlurmctldHost=node1({node1})
@@ -52,8 +53,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=15
-KillWait=10
+SlurmdTimeout=60
+MessageTimeout=60
+KillWait=30
 MinJobAge=3600
 JobRequeue=1
 SchedulerParameters=sched_interval=2,requeue_delay=5
@@ -163,7 +165,7 @@ class Slurm:
         match = re.search(rf"\b{name}=(\S*)", self.client("scontrol", "show", "job", job))
         return match[1] if match else ""
 
-    def wait_for(self, job: str, *states: str, seconds: float = 240) -> str:
+    def wait_for(self, job: str, *states: str, seconds: float = 600) -> str:
         """Waits until the job is in one of the states."""
         deadline = time.monotonic() + seconds
         while (state := self.field(job, "JobState")) not in states:
