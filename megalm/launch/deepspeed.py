@@ -43,7 +43,7 @@ Way = Literal["here", "ssh", "slurm"]
 SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3")
 TO_SAY = 25.0  # seconds that the other hosts' ranks have to find and say the cause, after one host has failed
 TO_END = 120.0  # seconds that ranks have to end well, with a checkpoint, when the run is asked to stop
-PASSED_ON = ("MLFLOW", "MV2", "UCX", "NCCL", "GLOO", "TORCH", "OMP", "MKL", "PYTHON", "CUDA", "HF_", "MEGALM")
+PASSED_ON = ("MLFLOW", "MV2", "UCX", "NCCL", "GLOO", "TORCH", "OMP", "MKL", "PYTHON", "HF_", "MEGALM")
 """Beginnings of the names of variables that ranks on other hosts are given, as DeepSpeed's launcher would."""
 LAUNCHERS = ("HOME", "USER", "LOGNAME", "LANG", "LC_", "TMPDIR", "SSH_", "KRB5", "PDSH_", "DS_ACCEL", "SLURM_")
 """Those that the launcher itself is given: it writes some of what it has into its log and other hosts' shells."""
@@ -75,7 +75,6 @@ class OnHosts:
         self.environment = environment
         self.way, self.hosts = _way(hosts, environment)
         self.names = list(self.hosts)
-        self.size = sum(map(len, self.hosts.values()))
         meet = {"here": "127.0.0.1", "ssh": "", "slurm": self.names[0]}[self.way]  # "": found out on the way
         self.address = environment.get("MASTER_ADDR") or meet
 
