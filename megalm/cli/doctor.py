@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from megalm.cli.config import Overrides
+from megalm.cli.train import devices
 from megalm.errors import UserError
 
 
@@ -22,7 +23,11 @@ def doctor(
     overrides: Overrides = None,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="Ranks on this machine, or with --slurm on each node.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Ranks on this machine, if not as many as the layout needs; with --slurm, on each node.",
+            show_default=False,
+        ),
     ] = None,
     hostfile: Annotated[
         Path | None, typer.Option(metavar="HOSTS", help="Ranks on the hosts of a hostfile.", show_default=False)
@@ -34,32 +39,42 @@ def doctor(
 ) -> int:
     """Show what each rank of a run would find, and mark what differs or is slow; 1 if something differs."""
     from megalm.config import load_config
+    from megalm.config.load import fitting_processes
     from megalm.launch.ranks import who_am_i
 
     process = who_am_i(os.environ)
+    ways = {"--slurm": slurm, "--hostfile": hostfile, "--nproc": nproc and not slurm}
+    given = [option for option, value in ways.items() if value]
+    if nodes and not slurm:
+        raise UserError(f"--nodes={nodes}: is for --slurm: add that, or leave it out")
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} start ranks in different ways: choose one")
+    if given and process.address:
+        raise UserError(f"{given[0]}: another launcher has started {process.size} processes: leave it out")
     arguments = ["--doctor", *([str(config)] if config else []), *(overrides or ())]
-    if process.address or not (slurm or hostfile or nproc):
-        from megalm.train.doctor import examine
-
-        return examine(load_config(config, overrides or (), process.size) if config else None, process)
     if slurm:
         return _in_slurm(arguments, nodes, nproc)
-    if nodes:
-        raise UserError(f"--nodes={nodes}: is for --slurm: add that, or leave it out")
-    if nproc:
+    if hostfile:
+        from megalm.launch.deepspeed import OnHosts
+        from megalm.launch.hostfile import read_hostfile, read_variables
+
+        hosts = read_hostfile(hostfile)
+        size = sum(map(len, hosts.values()))
+        directory = Path(load_config(config, overrides or (), size).run.dir if config else "doctor")
+        variables = read_variables(os.environ, Path.home(), Path.cwd())
+        return OnHosts(hosts, os.environ).start(directory, arguments, variables)
+    size = process.size
+    if not process.address:
+        size = nproc or (fitting_processes(config, overrides or (), devices) if config else 1)
+    loaded = load_config(config, overrides or (), size) if config else None
+    if not process.address and size > 1:
         from megalm.launch.local import start_local
 
-        return start_local(nproc, arguments)
+        return start_local(size, arguments)
 
-    from megalm.launch.deepspeed import OnHosts
-    from megalm.launch.hostfile import read_hostfile, read_variables
+    from megalm.train.doctor import examine
 
-    assert hostfile is not None
-    hosts = read_hostfile(hostfile)
-    size = sum(map(len, hosts.values()))
-    directory = Path(load_config(config, overrides or (), size).run.dir if config else "doctor")
-    variables = read_variables(os.environ, Path.home(), Path.cwd())
-    return OnHosts(hosts, os.environ).start(directory, arguments, variables)
+    return examine(loaded, process)
 
 
 def _in_slurm(arguments: list[str], nodes: int | None, nproc: int | None) -> int:

@@ -40,7 +40,7 @@ def train(
     if launched and (nproc or max_restarts):
         option = f"--nproc={nproc}" if nproc else f"--max-restarts={max_restarts}"
         raise UserError(f"{option}: another launcher has started {process.size} processes: leave it out")
-    size = process.size if launched else nproc or fitting_processes(config, overrides or (), _devices)
+    size = process.size if launched else nproc or fitting_processes(config, overrides or (), devices)
     if not launched and (size > 1 or max_restarts):
         directory = Path(load_config(config, overrides or (), size).run.dir)  # mistakes show at once
 
@@ -61,7 +61,7 @@ def train(
     return 0
 
 
-def _devices(config: Config) -> int:
+def devices(config: Config) -> int:
     """The GPUs that a run may have on this machine."""
     if config.run.device == "cpu":
         return 0

@@ -32,6 +32,7 @@ import megalm
 from megalm.checkpoint.ranks import together
 from megalm.config import Config, to_yaml
 from megalm.config.sections import Run
+from megalm.errors import UserError
 from megalm.launch.ranks import Process
 from megalm.launch.world import World
 from megalm.ops.attention import kernels_in_use
@@ -93,7 +94,10 @@ def _sees(directory: Path, mesh: Mesh) -> bool:
 
     def write(_: Any) -> str:
         path = directory / f".megalm-doctor-{uuid4().hex}"
-        path.touch()
+        try:
+            path.touch()
+        except OSError as error:
+            raise UserError(f"{directory}: rank 0 cannot write there: {error.strerror}") from error
         return str(path)
 
     path = Path(together(mesh.world.group, judge=write))

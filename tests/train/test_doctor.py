@@ -11,12 +11,15 @@ import pytest
 import torch
 from runs import write_config
 
+from megalm.cli import main
 from megalm.train.doctor import differences, slow, slow_group
 
 HEALTHY: dict[str, Any] = {
     "host": "node1", "versions": "torch 2", "device": "H100", "attention": "flash", "memory": 80 << 30,
     "disk": 1 << 40, "sees": True, "clock": 0.001, "flops": 7e14, "groups": [],
 }  # fmt: skip
+
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
@@ -64,3 +67,29 @@ def test_every_rank_and_each_group_of_a_layout_is_in_the_tables(tmp_path: Path, 
         assert float(row[2].removesuffix(" µs").replace(",", "")) > 0
         assert float(row[3].removesuffix(" GB/s")) >= 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts", "run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["--nodes=2"], {}, "--nodes=2: is for --slurm"),
+        (["--hostfile=h", "--nproc=2"], {}, "--hostfile and --nproc start ranks in different ways"),
+        (["--slurm"], {"PATH": "/nowhere"}, "there is no srun here"),
+        (["--nproc=2"], TORCHRUN, "--nproc: another launcher has started 2 processes"),
+        (["parallel.tensor=2"], {}, "parallel.tensor=2: No such file"),
+        (["--hostfile=nowhere"], {}, "nowhere"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    environment: dict[str, str],
+    words: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["doctor", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
