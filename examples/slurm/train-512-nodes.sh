@@ -4,9 +4,9 @@
 #     sbatch examples/slurm/train-512-nodes.sh CONFIG RUN_DIR [KEY=VALUE ...]
 #
 # At this size some node is always about to fail. `megalm doctor` stops a job whose nodes differ or do not see RUN_DIR
-# before it costs anything, and marks the slow ones in the log. One that fails later ends the ranks; the job queues itself
-# again if there is a new checkpoint since its start, and Slurm takes another node. Before the job's time is over the ranks
-# have ten minutes to save.
+# before it costs anything, and marks the slow ones in the log. One that fails later ends the ranks; the job queues
+# itself again if there is a new checkpoint since its start, and Slurm takes another node. Before the job's time is
+# over the ranks have ten minutes to save.
 #SBATCH --job-name=megalm
 #SBATCH --nodes=512
 #SBATCH --ntasks-per-node=8

@@ -3,10 +3,10 @@
 #
 #     sbatch examples/slurm/train-8-nodes.sh CONFIG RUN_DIR [KEY=VALUE ...]
 #
-# RUN_DIR, and all that CONFIG names, must be on a file system that all nodes share. Shortly before the job's time is over
-# Slurm sends USR1 to the ranks, which save, leave the file "stopped" in RUN_DIR and end; the job then queues itself again,
-# until the run is complete. It also does so after a failure, such as a lost node's, if there is a new checkpoint since its
-# start: the same failure at the same place ends it.
+# RUN_DIR, and all that CONFIG names, must be on a file system that all nodes share. Shortly before the job's time is
+# over Slurm sends USR1 to the ranks, which save, leave the file "stopped" in RUN_DIR and end; the job then queues
+# itself again, until the run is complete. It also does so after a failure, such as a lost node's, if there is a new
+# checkpoint since its start: the same failure at the same place ends it.
 #SBATCH --job-name=megalm
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8

@@ -1,12 +1,13 @@
 #!/bin/bash
-# Trains with DeepSpeed's launcher, which srun starts once a node in place of ssh, on any number of nodes with 8 GPUs each:
+# Trains with DeepSpeed's launcher, which srun starts once a node in place of ssh, on any number of nodes with 8 GPUs
+# each:
 #
 #     sbatch --nodes=512 examples/slurm/train-deepspeed.sh CONFIG RUN_DIR [KEY=VALUE ...]
 #
-# DeepSpeed's launcher does not pass signals on (USR1 would end it and leave its ranks behind), so the ranks look at the
-# clock themselves: run.time_limit is the job's time without what starting takes. They save, leave the file "stopped" in
-# RUN_DIR and end; the job then queues itself again, until the run is complete, and after a failure if there is a new
-# checkpoint since its start.
+# DeepSpeed's launcher does not pass signals on (USR1 would end it and leave its ranks behind), so the ranks look at
+# the clock themselves: run.time_limit is the job's time without what starting takes. They save, leave the file
+# "stopped" in RUN_DIR and end; the job then queues itself again, until the run is complete, and after a failure if
+# there is a new checkpoint since its start.
 #SBATCH --job-name=megalm
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
