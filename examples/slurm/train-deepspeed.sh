@@ -1,6 +1,6 @@
 #!/bin/bash
 # Trains with DeepSpeed's launcher, which srun starts once a node in place of ssh, on any number of nodes with 8 GPUs
-# each:
+# each (another number of ranks a node: RANKS_PER_NODE=4 sbatch ...):
 #
 #     sbatch --nodes=512 examples/slurm/train-deepspeed.sh CONFIG RUN_DIR [KEY=VALUE ...]
 #

@@ -195,16 +195,6 @@ OVERRIDES = [
         "schedule={tokens: 81920, decay_tokens: 81921}",
         "schedule.decay_tokens=81921 is longer than the run (schedule.tokens=81920, 10 steps): shorten",
     ),
-    (
-        "parallel.tensor=2",
-        "parallel.tensor=2 needs at least 2 processes, this run has 1: start 2, or choose tensor=1, pipeline.size=1, "
-        "data=1",
-    ),
-    ("parallel.data=2", "parallel.data=2 needs at least 2 processes, this run has 1"),
-    (
-        "parallel={tensor: 2, pipeline: {size: 4}}",
-        "parallel.tensor=2 * parallel.pipeline.size=4 needs at least 8 processes, this run has 1",
-    ),
     ("parallel.pipeline.chunks=2", "parallel.pipeline.chunks=2 has no meaning with pipeline.size=1: set chunks=1"),
 ]
 
@@ -398,7 +388,7 @@ def test_line_ends_and_odd_characters_in_names_keep_the_message_on_one_line(caps
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["train", "config.yaml", "parallel.tensor=2"],
+        ["train", "config.yaml", "parallel.tensor=2", "--nproc", "1"],
         ["train", "config.yaml", "model.num_layer=3"],
         ["config", "shwo"],
         ["train", "nowhere.yaml"],
