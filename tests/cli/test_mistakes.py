@@ -301,6 +301,18 @@ LAYOUTS = [
         "parallel.pipeline.size=4 * parallel.pipeline.chunks=4 is more than model.num_layers=8",
     ),
     ("batch.global_size=30", 4, "batch.global_size=30 cannot be shared between 4 data ranks: choose a multiple of 4"),
+    (
+        "parallel.tensor=2",
+        1,
+        "parallel.tensor=2 needs at least 2 processes, this run has 1: start 2, or choose tensor=1, pipeline.size=1, "
+        "data=1",
+    ),
+    ("parallel.data=2", 1, "parallel.data=2 needs at least 2 processes, this run has 1"),
+    (
+        "parallel={tensor: 2, pipeline: {size: 4}}",
+        1,
+        "parallel.tensor=2 * parallel.pipeline.size=4 needs at least 8 processes, this run has 1",
+    ),
     ("run.seed=1", 16, "batch.micro_size=4 does not divide batch.global_size / 16 data ranks=2: choose 1 or 2"),
 ]
 
