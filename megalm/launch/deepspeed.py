@@ -105,10 +105,11 @@ class OnHosts:
             for reader in readers:
                 reader.start()
             self._wait(launcher, this, said, asked)
+            well = launcher.returncode == 0 and this.ended_well  # before others end well because nobody hears them
             self._end(launcher, this)
             for reader in readers:
                 reader.join(10)
-            return self._outcome(launcher.returncode, asked, said, this)
+            return 0 if well and not asked else self._outcome(launcher.returncode, asked, said)
 
     def _command(self, this: Job) -> list[str]:
         port = self.environment.get("MASTER_PORT") or str(FIRST_PORT + random.randrange(PORTS))
@@ -225,9 +226,8 @@ class OnHosts:
             return self.names[int(label)], words
         return self.names[0], line
 
-    def _outcome(self, code: int, asked: list[int], said: Said, this: Job) -> int:
-        if not asked and code == 0 and this.ended_well:
-            return 0
+    def _outcome(self, code: int, asked: list[int], said: Said) -> int:
+        """Says why a run has not ended well; returns its exit code."""
         causes = said.errors if asked else [*said.errors, *said.deaths, f"the launcher ended before the run ({code})"]
         if causes:
             print(OURS + causes[0], file=sys.stderr)

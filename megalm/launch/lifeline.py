@@ -35,10 +35,17 @@ def end_with_launcher(environment: Mapping[str, str]) -> None:
         threading.Thread(target=_watch, daemon=True).start()
 
 
-def _watch() -> None:
-    """Returns when stdout and stderr are both pipes that nobody reads."""
-    for descriptor in (sys.stdout.fileno(), sys.stderr.fileno()):
+def is_heard(wait: bool = False) -> bool:
+    """Whether anybody may read what this process says; may `wait` until stdout and stderr are pipes that nobody reads,
+    and then says no."""
+    for descriptor in (1, 2):
         poll = select.poll()
         poll.register(descriptor, 0)  # errors and the other end's going are always told
-        poll.poll()
+        if not poll.poll(None if wait else 0):
+            return True
+    return False
+
+
+def _watch() -> None:
+    is_heard(wait=True)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -10,7 +10,7 @@ import sys
 
 from megalm.cli import main
 from megalm.launch.job import mark_done
-from megalm.launch.lifeline import end_with_launcher
+from megalm.launch.lifeline import end_with_launcher, is_heard
 
 OTHERS = ("--local_rank=", "--local-rank=", "--job=", "--doctor")
 
@@ -22,7 +22,7 @@ def rank() -> int:
     command = "doctor" if "--doctor" in sys.argv else "train"
     code = main([command, *(word for word in sys.argv[1:] if not word.startswith(OTHERS))])
     job = next((word.removeprefix("--job=") for word in sys.argv[1:] if word.startswith("--job=")), "")
-    if job and code == 0 and os.environ.get("RANK") == "0" and os.getppid() == launcher:
+    if job and code == 0 and os.environ.get("RANK") == "0" and os.getppid() == launcher and is_heard():
         mark_done(job)
     return code
 
