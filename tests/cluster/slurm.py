@@ -5,7 +5,8 @@ a node, whatever the machine has.
         job = slurm.submit("script.sh", "--nodes=2")
         slurm.wait_for(job, "COMPLETED")
 
-There are also 600 nodes of a big cluster, which are never up: enough for `sbatch --test-only`.
+There are also a spare node, which is not up, and 600 nodes of a big cluster, which never are: enough for
+`sbatch --test-only`.
 """
 
 from __future__ import annotations
@@ -65,11 +66,12 @@ PreemptMode=REQUEUE
 SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 SuspendTime=86400
-SuspendExcNodes=node[1-2]
+SuspendExcNodes=node[1-2],spare
 NodeName=node1 NodeAddr={node1} CPUs=8 RealMemory=1000 Gres=gpu:4 State=UNKNOWN
 NodeName=node2 NodeAddr={node2} CPUs=8 RealMemory=1000 Gres=gpu:4 State=UNKNOWN
+NodeName=spare NodeHostname=node1 NodeAddr={node1} Port={spare_port} CPUs=8 RealMemory=1000 Gres=gpu:4 State=UNKNOWN
 NodeName=big[1-600] NodeAddr={node2} CPUs=64 RealMemory=1000 Gres=gpu:8 State=CLOUD
-PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=main Nodes=node[1-2],spare Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
 PartitionName=big Nodes=big[1-600] MaxTime=INFINITE State=UP
 PartitionName=high Nodes=node[1-2] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -90,17 +92,19 @@ class Slurm:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Slurm:
-        for name in ("state", "spool-node1", "spool-node2"):
+        for name in ("state", "spool-node1", "spool-node2", "spool-spare"):
             (self.folder / name).mkdir(parents=True)
         addresses = {name: self.hosts.address(name) for name in self.hosts.names}
-        self._conf.write_text(CONF.format(folder=self.folder, port=16817, slurmd_port=16818, **addresses))
+        self._conf.write_text(
+            CONF.format(folder=self.folder, port=16817, slurmd_port=16818, spare_port=16819, **addresses)
+        )
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/tty[10-13]\n")  # any four character devices
         try:
             self._munge()
             self._start("slurmctld", "node1", "slurmctld", "-D", "-c", "-f", str(self._conf))
             for name in self.hosts.names:
                 self.start_node(name)
-            self._wait(lambda: self.client("sinfo", "-h", "-N", "-p", "main", "-o", "%t").split() == ["idle"] * 2)
+            self._wait(lambda: self.client("sinfo", "-h", "-N", "-p", "main", "-o", "%t").split().count("idle") == 2)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -117,10 +121,20 @@ class Slurm:
         self._wait((self.folder / "munge.socket").exists)
 
     def start_node(self, name: str) -> None:
-        self._start(f"slurmd-{name}", name, "slurmd", "-D", "-N", name, "-f", str(self._conf))
+        """One of the hosts, or `spare`, a third node that is on the first host, too."""
+        self._start(
+            f"slurmd-{name}",
+            name if name in self.hosts.names else "node1",
+            "slurmd",
+            "-D",
+            "-N",
+            name,
+            "-f",
+            str(self._conf),
+        )
 
     def kill_node(self, name: str) -> None:
-        """As if its power had failed: slurmd and all that it started. The host itself stays, to be started again."""
+        """As if its power had failed: slurmd and all that it started."""
         for process in self.hosts.processes(name, ""):
             if process.name() in ("slurmd", "slurmstepd", "python", "srun") or "megalm" in " ".join(process.cmdline()):
                 process.kill()
