@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -93,12 +93,14 @@ class World:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            if (failure := self._failure(error)) is error:
+            with self._bounded():
+                failure = self._failure(error)
+            if failure is error:
                 raise
             raise failure from error
         finally:
             self._done.set()
-            watch.join()
+            watch.join(2 * POLL)  # it may be waiting for a store that will never answer
         dist.destroy_process_group()
 
     def _connect(self, timeout: float) -> Store:
@@ -166,9 +168,7 @@ class World:
                 failure = self._judge(store)
             except RuntimeError:
                 failure = self._unanswered()
-            if str(failure):
-                print("megalm: error:", failure, file=sys.stderr, flush=True)
-            os._exit(failure.code)
+            _end(failure)
 
     def _failure(self, error: BaseException) -> BaseException:
         """What this rank ends with after `error`: the error itself if it began here."""
@@ -195,6 +195,22 @@ class World:
         if first == self.process.rank and not _of_network(error):
             return error  # with its traceback
         return failure
+
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Ends this process if it is inside for longer than a roll call takes: a question to a store whose process is
+        stopped, or whose network is cut, is never answered, whatever the store's timeout."""
+
+        def end() -> None:
+            _end(self._unanswered())
+
+        timer = threading.Timer(5 * GRACE, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _unanswered(self) -> RunFailed:
         """The store is gone. After a roll call its keeper has said why, and left without waiting for this rank, which
@@ -265,6 +281,13 @@ def _only_a_loopback(name: str, address: str) -> bool:
     """Whether a host's name leads to itself alone, as Debian's /etc/hosts has it."""
     literal = name.replace(".", "").isdigit() or ":" in name or name == "localhost"
     return not literal and ipaddress.ip_address(address).is_loopback
+
+
+def _end(failure: RunFailed) -> NoReturn:
+    """Ends this process from a thread beside the main one, which is stuck."""
+    if str(failure):
+        print("megalm: error:", failure, file=sys.stderr, flush=True)
+    os._exit(failure.code)
 
 
 def _of_network(error: BaseException | None) -> bool:

@@ -19,6 +19,7 @@ import pytest
 from runs import losses, over, read_metrics, wait_for_step, write_config
 
 from megalm.cli import main
+from megalm.launch.world import GONE
 from megalm.parallel.pipeline.timeline import read_timeline
 
 SETTINGS = ["schedule={steps: 24}", "model.num_heads=4", "optimizer.eps=1.0e-5", "run.timeout=20.0"]
@@ -105,6 +106,17 @@ def test_a_killed_run_goes_on_under_another_layout_with_the_same_losses(data: Pa
         assert line == pytest.approx(wanted, rel=1e-5), f"step {step}"
     assert [m.get("data_hash") for m in read_metrics(several)] == [m.get("data_hash") for m in read_metrics(alone)]
     assert main(["generate", str(several), "--prompt", "a: number", "--max-new-tokens", "5"]) == 0
+
+
+def test_ranks_end_when_the_one_that_keeps_their_store_is_stopped(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes = by_hand(write_config(data, run), *[["schedule.steps=100000"]] * 2)
+    wait_for_step(processes[0], run, 3)
+    os.kill(processes[0].pid, signal.SIGSTOP)
+    code, [error] = outcome(processes[1])
+    assert (code, error) == (1, f"megalm: error: rank 1: {GONE}")
+    processes[0].kill()
+    processes[0].wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
