@@ -1,13 +1,16 @@
-"""`python -m megalm COMMAND`: what launchers of processes start.
+"""`python -m megalm COMMAND`: the `megalm` command where it is not on the path, and what launchers of processes start.
 
 DeepSpeed's adds `--local_rank=N`, which its environment says as well.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 from megalm.cli import main
+from megalm.launch.lifeline import end_with_launcher
 
 if __name__ == "__main__":
+    end_with_launcher(os.environ)
     sys.exit(main([word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]))

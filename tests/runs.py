@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 CONFIG = """
@@ -48,6 +49,14 @@ def start(config: str, *overrides: str, stdout: int = subprocess.DEVNULL) -> sub
     program = "import sys; from megalm.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "train", config, *overrides]
     return subprocess.Popen(command, stdout=stdout)
+
+
+def over(process: psutil.Process) -> bool:
+    """Whether a process has ended. Where nobody takes leave of orphans, they stay as zombies."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:

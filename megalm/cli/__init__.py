@@ -24,12 +24,14 @@ from megalm.cli import (
     config,
     curate,
     data,
+    doctor,
     env,
     evaluate,
     export,
     generate,
     import_,
     inspect,
+    launch,
     merge,
     plan,
     tokenizer,
@@ -56,10 +58,12 @@ app.add_typer(data.app, name="data")
 app.add_typer(plan.app, name="plan")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command("train")(train.train)
+app.command("launch")(launch.launch)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("import")(import_.import_)
+app.command("doctor")(doctor.doctor)
 app.command("env")(env.env)
 
 

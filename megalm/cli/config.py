@@ -15,6 +15,11 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Set keys, such as batch.global_size=64.", show_default=False),
 ]
 
+MaxRestarts = Annotated[
+    int,
+    typer.Option(min=0, help="Start again from the newest checkpoint after a failure, so often.", show_default=False),
+]
+
 
 @app.command()
 def show(

@@ -46,6 +46,7 @@ def _kernels() -> list[tuple[str, str]]:
     import torch
 
     from megalm.ops import native
+    from megalm.ops.attention import kernels_in_use
 
     has_order = _is_found("megalm._indexed_dataset") and _is_found("megalm._order")
     on_cpu = f"native, {native.instruction_set()}" if native.library("cpu") else "not built: torch computes"
@@ -56,6 +57,8 @@ def _kernels() -> list[tuple[str, str]]:
         ("data kernels", "built" if has_order else "not built: no data can be read"),
         ("softmax on the CPU", on_cpu),
         ("softmax on a GPU", on_gpu),
+        ("attention on a CPU", kernels_in_use(torch.device("cpu"))),
+        *([("attention on a GPU", kernels_in_use(torch.device("cuda")))] if torch.cuda.device_count() else []),
     ]
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megalm.cli.config import ConfigFile, Overrides
+from megalm.cli.config import ConfigFile, MaxRestarts, Overrides
 from megalm.errors import UserError
+
+if TYPE_CHECKING:
+    from megalm.config import Config
 
 
 def train(
@@ -17,29 +21,51 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all that can be checked, then stop.")] = False,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="Start so many processes on this machine, such as one a GPU.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Processes to start on this machine; else as many as the config's layout needs, and where its data "
+            "ranks are `auto` as the GPUs allow.",
+            show_default=False,
+        ),
     ] = None,
+    max_restarts: MaxRestarts = 0,
 ) -> int:
     """Train a model, or go on from its run's last checkpoint."""
     from megalm.config import load_config
+    from megalm.config.load import fitting_processes
     from megalm.launch.ranks import who_am_i
 
     process = who_am_i(os.environ)
-    if nproc is not None:
-        if process.size > 1:
-            raise UserError(f"--nproc={nproc}: another launcher has started {process.size} processes: leave it out")
-        load_config(config, overrides or (), nproc)  # mistakes show at once
+    launched = bool(process.address)
+    if launched and (nproc or max_restarts):
+        option = f"--nproc={nproc}" if nproc else f"--max-restarts={max_restarts}"
+        raise UserError(f"{option}: another launcher has started {process.size} processes: leave it out")
+    size = process.size if launched else nproc or fitting_processes(config, overrides or (), devices)
+    if not launched and (size > 1 or max_restarts):
+        directory = Path(load_config(config, overrides or (), size).run.dir)  # mistakes show at once
 
         from megalm.launch.local import start_local
+        from megalm.launch.restarts import with_restarts
 
-        return start_local(nproc, [str(config), *(overrides or ()), *(["--dry-run"] if dry_run else [])])
+        arguments = [str(config), *(overrides or ()), *(["--dry-run"] if dry_run else [])]
+        return with_restarts(lambda: start_local(size, arguments), max_restarts, directory)
 
-    alone = load_config(config, overrides or ()) if process.size == 1 else None  # as above
+    alone = load_config(config, overrides or (), size) if size == 1 else None  # as above
 
     from megalm.train.signals import StopRequest
 
     with StopRequest() as stop:  # from here on a signal ends a run well; importing torch alone takes seconds
         from megalm.train.trainer import run
 
-        run(lambda: alone or load_config(config, overrides or (), process.size), process, stop, dry_run)
+        run(lambda: alone or load_config(config, overrides or (), size), process, stop, dry_run)
     return 0
+
+
+def devices(config: Config) -> int:
+    """The GPUs that a run may have on this machine."""
+    if config.run.device == "cpu":
+        return 0
+
+    import torch
+
+    return torch.cuda.device_count()

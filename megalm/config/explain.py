@@ -25,6 +25,12 @@ _WHAT = {
     "too_short": "has too few elements",
 }
 
+_FORMS = {
+    "parallel.pipeline.split": "must be numbers above 0 with commas, such as 5,6,6,5",
+    "data.split": "must be up to three numbers with commas, such as 969,30,1",
+    "run.time_limit": "must be seconds, or hours, minutes and seconds, such as 3:50:00",
+}
+
 
 def one_line(messages: list[str]) -> UserError:
     """The first message, and how many more there are."""
@@ -68,10 +74,8 @@ def _message(path: str, findings: list[Any]) -> str:
     if kind == "string_pattern_mismatch":
         characters = "letters, digits, '.', '_' and '-'" if path.endswith(".name") else "characters that can be printed"
         rule = f"must be text of {characters}, and not empty"
-        if path == "parallel.pipeline.split":
-            rule = "must be numbers above 0 with commas, such as 5,6,6,5"
-        if path == "data.split":
-            rule = "must be up to three numbers with commas, such as 969,30,1"
+    if path in _FORMS and any(f["type"] == "string_pattern_mismatch" for f in findings):
+        return f"{path}={show(value)} {_FORMS[path]}"
     return f"{path}={show(value)} {rule}{_mend(kind, value, first)}"
 
 

@@ -9,7 +9,8 @@ config.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import gcd
 from pathlib import Path
 
@@ -35,6 +36,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
     Raises UserError: one line that names the key, the value, the rule and the mend.
     """
     return resolve(apply_overrides(read_yaml(Path(path)), overrides), world_size)
+
+
+def fitting_processes(path: str | Path, overrides: Sequence[str], devices: Callable[[Config], int]) -> int:
+    """How many processes a run has when nobody says: those of its layout, and where `parallel.data` is `auto` as many
+    more as `devices` there are for it and its batches allow."""
+    raw = apply_overrides(read_yaml(Path(path)), overrides)
+    config = resolve(raw, None)
+    need = fewest_processes(config.parallel)
+    if (raw.get("parallel") or {}).get("data", "auto") == "auto":
+        for count in range(devices(config) // need, 1, -1):
+            with suppress(UserError):
+                resolve(raw, count * need)
+                return count * need
+    return need
 
 
 def resolve(raw: Raw, world_size: int | None = 1) -> Config:

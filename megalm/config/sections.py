@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 FilePath = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
+Clock = Annotated[str, Field(pattern=r"^[0-9]+:[0-5][0-9]:[0-5][0-9]$")]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 T = TypeVar("T")
 PipelineSchedule = Literal[
@@ -40,6 +41,8 @@ class Run(Section):
     init_from: FilePath | None = None
     """Where the weights of a new run are from: what `megalm import` wrote, another run's directory, or a checkpoint.
     Optimizer, schedule and data start anew; a run that has a checkpoint of its own goes on from that."""
+    group: Name | None = None
+    """Unix group whose members may read what the run writes; `null`: its owner alone may."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """Seed of the initialisation and of the order of samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -49,6 +52,9 @@ class Run(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, all but the results of matrix products and attention
     (`selective`), or whole blocks (`full`)."""
+    time_limit: Annotated[float, Field(gt=0)] | Clock | None = None
+    """Seconds, or `H:MM:SS`, from the start of the processes, within which the run saves and stops, to go on when it is
+    started again; `null`: it runs to its end."""
     timeout: float = Field(default=600.0, gt=0, le=1e6)
     """Seconds after which a rank that does not answer ends the run; more than any rank takes to write its part of a
     checkpoint."""

@@ -1,20 +1,67 @@
 """Starts the ranks of a run on this machine, through torch's elastic agent, which gives each its place in the
-environment, watches them, and ends all when one fails."""
+environment, watches them, and ends all when one fails. The agent keeps the ranks' store, on this machine's loopback."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import socket
 import sys
-import uuid
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+LOOPBACK = "127.0.0.1"
 TO_END = "120"  # seconds that ranks have to end well, with a checkpoint, when the run is asked to stop
+
+
+class OneMachine(RendezvousHandler):
+    """The agents' meeting where there is one. torch's own store listens on all networks, and what it finds there about
+    other agents it unpickles, which is to run what anybody has written."""
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        self._run_id = parameters.run_id
+        listening = socket.create_server((LOOPBACK, 0))
+        self._port = listening.getsockname()[1]
+        self._store = dist.TCPStore(
+            LOOPBACK, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+
+    def get_backend(self) -> str:
+        return "one-machine"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(LOOPBACK, self._port))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        pass
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        return True
 
 
 def start_local(processes: int, arguments: Sequence[str], module: str = "megalm.train") -> int:
@@ -25,15 +72,16 @@ def start_local(processes: int, arguments: Sequence[str], module: str = "megalm.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # Its words on each signal that it sends would stand around the one line that says what is wrong.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    rendezvous_handler_registry.register("one-machine", OneMachine)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
+        run_id="megalm",
+        rdzv_backend="one-machine",
+        local_addr=LOOPBACK,
+        max_restarts=0,  # that a run goes on from a checkpoint is decided elsewhere
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)

@@ -42,11 +42,15 @@ def who_am_i(environment: Mapping[str, str]) -> Process:
     elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         _complete(environment, STEP)
         rank, local_rank, size = (_number(environment, name) for name in STEP[:3])
-        address = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
+        one_host = environment.get("SLURM_STEP_NUM_NODES") == "1"
+        meet = "localhost" if one_host else first_host(environment["SLURM_STEP_NODELIST"])
+        address = environment.get("MASTER_ADDR") or meet
         own_port = FIRST_PORT + _number(environment, "SLURM_JOB_ID") % PORTS
         port = _number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else own_port
     else:
         return Process()
+    if not 0 < port < 2**16:
+        raise UserError(f"MASTER_PORT={port} is no port: choose one from 1 to 65535")
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not 0 <= rank < size:
         raise UserError(f"the environment says rank {rank} of {size} processes: correct RANK and WORLD_SIZE")

@@ -12,6 +12,8 @@ thread is stuck in a collective, and ends a process that stays so.
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import json
 import os
 import socket
@@ -22,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -82,35 +84,40 @@ class World:
             limit = timedelta(seconds=timeout)
             # No `device_id`: with it NCCL runs all messages of a group one after the other, and a pipeline's receives
             # that are posted ahead would hold up its sends; without it each pair of ranks has its own order.
-            dist.init_process_group(backend(device), store=self._store, rank=rank, world_size=size, timeout=limit)
+            where = own_address(self.process.address)
+            dist.init_process_group(
+                backend(device, where), store=self._store, rank=rank, world_size=size, timeout=limit
+            )
             yield
             dist.barrier()  # a group that goes while a peer still uses it may end the process
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            if (failure := self._failure(error)) is error:
+            with self._bounded():
+                failure = self._failure(error)
+            if failure is error:
                 raise
             raise failure from error
         finally:
             self._done.set()
-            watch.join()
+            watch.join(2 * POLL)  # it may be waiting for a store that will never answer
         dist.destroy_process_group()
 
     def _connect(self, timeout: float) -> Store:
         process = self.process
-        where = f"{process.address}:{process.port}"
+        keeper = process.rank == 0 and not process.agent and self._store is None
+        listening = _listen(process) if keeper else None
         try:
             return dist.TCPStore(
                 process.address,
                 process.port,
-                is_master=process.rank == 0 and not process.agent,
+                is_master=keeper,
                 timeout=timedelta(seconds=timeout),
                 wait_for_workers=False,  # so that those who are missing can be named
-                multi_tenant=True,
+                master_listen_fd=listening.detach() if listening else None,
             )
         except dist.DistNetworkError as error:
-            if process.rank == 0 and not process.agent:
-                raise UserError(f"MASTER_PORT={process.port}: cannot listen there: choose another one") from error
+            where = f"{process.address}:{process.port}"
             raise RunFailed(f"rank {process.rank}: nobody answers at {where} within {timeout:.0f} s", 1) from error
 
     def _verdict(self, timeout: float) -> str:
@@ -161,9 +168,7 @@ class World:
                 failure = self._judge(store)
             except RuntimeError:
                 failure = self._unanswered()
-            if str(failure):
-                print("megalm: error:", failure, file=sys.stderr, flush=True)
-            os._exit(failure.code)
+            _end(failure)
 
     def _failure(self, error: BaseException) -> BaseException:
         """What this rank ends with after `error`: the error itself if it began here."""
@@ -191,6 +196,22 @@ class World:
             return error  # with its traceback
         return failure
 
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Ends this process if it is inside for longer than a roll call takes: a question to a store whose process is
+        stopped, or whose network is cut, is never answered, whatever the store's timeout."""
+
+        def end() -> None:
+            _end(self._unanswered())
+
+        timer = threading.Timer(5 * GRACE, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def _unanswered(self) -> RunFailed:
         """The store is gone. After a roll call its keeper has said why, and left without waiting for this rank, which
         was stuck in a collective."""
@@ -216,6 +237,57 @@ class World:
             f"noticed: {word['error']}",
             1,
         )
+
+
+def _listen(process: Process) -> socket.socket:
+    """Where the store will listen: at the ranks' meeting place alone, not on every network of this machine."""
+    try:
+        found = socket.getaddrinfo(process.address, process.port, type=socket.SOCK_STREAM)
+        family, _, _, _, where = found[0]
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR={process.address}: {error.strerror or error}: name rank 0's host") from error
+    if _only_a_loopback(process.address, str(where[0])):
+        raise UserError(
+            f"MASTER_ADDR={process.address}: other hosts would not find rank 0, as its host's name leads to {where[0]} "
+            "there: set MASTER_ADDR to its address on the network of the ranks, or to localhost on one host"
+        )
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(where)
+        listening.listen(min(process.size + 64, 4096))
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"MASTER_ADDR={process.address}: is no address of rank 0's host: correct it") from error
+        raise UserError(f"MASTER_PORT={process.port}: cannot listen there: choose another one") from error
+    return listening
+
+
+def own_address(peer: str) -> str:
+    """This machine's address on the way to `peer`; empty if there is none, or if its name leads to a loopback, where
+    other hosts would not find it."""
+    try:
+        family, _, _, _, where = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as way:  # nothing is sent
+            way.connect(where)
+            own = str(way.getsockname()[0])
+    except OSError:
+        return ""
+    return "" if _only_a_loopback(peer, own) else own
+
+
+def _only_a_loopback(name: str, address: str) -> bool:
+    """Whether a host's name leads to itself alone, as Debian's /etc/hosts has it."""
+    literal = name.replace(".", "").isdigit() or ":" in name or name == "localhost"
+    return not literal and ipaddress.ip_address(address).is_loopback
+
+
+def _end(failure: RunFailed) -> NoReturn:
+    """Ends this process from a thread beside the main one, which is stuck."""
+    if str(failure):
+        print("megalm: error:", failure, file=sys.stderr, flush=True)
+    os._exit(failure.code)
 
 
 def _of_network(error: BaseException | None) -> bool:

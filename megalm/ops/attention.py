@@ -79,6 +79,17 @@ def attention(
     return torch.ops.megalm.blocked_attention(q_THE, k_TKE, v_TKE, segments.ends, window or 0, softcap or 0.0)
 
 
+def kernels_in_use(device: torch.device) -> str:
+    """What `attention` computes with on this device, for heads of 64, such as `float32 avx512, bfloat16 amx`."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q_THE = torch.empty(1, 1, 64, dtype=dtype, device=device)
+        native = kernels_for(dtype, 64) if device.type == "cpu" else None
+        name = "torch's flash attention" if _flash_can(q_THE) else native or "matrix products"
+        found.append(f"{str(dtype).removeprefix('torch.')} {name}")
+    return ", ".join(found)
+
+
 def _flash_can(q_THE: Tensor) -> bool:
     """What torch's flash attention takes: half precision, an Ampere or newer GPU, head dims up to 256 by eights."""
     return (

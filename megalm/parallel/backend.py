@@ -10,6 +10,7 @@ runs a group's collectives in their order, as NCCL does, and groups still run be
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,21 +20,23 @@ from torch.distributed import ProcessGroupGloo
 NAME = "gloo_in_order"
 
 
-def backend(device: torch.device) -> str:
-    """What `init_process_group` takes for process groups on `device`."""
+def backend(device: torch.device, address: str = "") -> str:
+    """What `init_process_group` takes for process groups on `device`. gloo listens at `address`, this machine's one on
+    the ranks' network, unless GLOO_SOCKET_IFNAME names a device; without either, where its host name leads."""
     if device.type == "cuda":
         return "nccl"
-    dist.Backend.register_backend(NAME, _make, extended_api=True, devices=["cpu"])
+    dist.Backend.register_backend(NAME, partial(_make, address), extended_api=True, devices=["cpu"])
     return NAME
 
 
-def _make(group: Any, _: Any) -> ProcessGroupGloo:
+def _make(address: str, group: Any, _: Any) -> ProcessGroupGloo:
     """What torch makes for "gloo", but for the number of threads. `group`: torch's DistributedBackendOptions."""
     gloo: Any = ProcessGroupGloo  # whose type stubs are not true
     options = gloo._Options()
     interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
     devices = [gloo.create_device(interface=name) for name in interfaces.split(",") if name]
-    options._devices = devices or [gloo.create_default_device()]
+    devices = devices or [gloo.create_device(hostname=address) if address else gloo.create_default_device()]
+    options._devices = devices
     options._threads = 1
     options._timeout = group.timeout
     options.global_ranks_in_group, options.group_name = group.global_ranks_in_group, group.group_id

@@ -1,15 +1,31 @@
-"""`python -m megalm.train CONFIG`: `megalm train` as launchers of processes start it.
+"""`python -m megalm.train CONFIG`: `megalm train` as launchers of processes start it, or `megalm doctor` with --doctor.
 
-DeepSpeed's launcher adds `--local_rank=N`, which its environment says as well.
+DeepSpeed's launcher adds `--local_rank=N`, which its environment says as well; `megalm launch` adds `--job=FOLDER`.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 from megalm.cli import main
+from megalm.launch.job import mark_done
+from megalm.launch.lifeline import end_with_launcher, is_heard
+
+OTHERS = ("--local_rank=", "--local-rank=", "--job=", "--doctor")
+
+
+def rank() -> int:
+    """What one rank of a launcher's does; returns the exit code."""
+    end_with_launcher(os.environ)
+    launcher = os.getppid()
+    command = "doctor" if "--doctor" in sys.argv else "train"
+    code = main([command, *(word for word in sys.argv[1:] if not word.startswith(OTHERS))])
+    job = next((word.removeprefix("--job=") for word in sys.argv[1:] if word.startswith("--job=")), "")
+    if job and code == 0 and os.environ.get("RANK") == "0" and os.getppid() == launcher and is_heard():
+        mark_done(job)
+    return code
+
 
 if __name__ == "__main__":
-    sys.exit(
-        main(["train", *(word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank=")))])
-    )
+    sys.exit(rank())

@@ -3,13 +3,16 @@
 runs/tiny/config.yaml        resolved        tokenizer/       a copy of what text was encoded with
           metrics.jsonl      numbers         tensorboard/     the same
           train.log          what was said   checkpoints/step-00000100/
+          stopped            why, if the run was told to stop before its end: whoever starts jobs starts it again
 """
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +26,7 @@ from megalm.config.text import read_yaml
 from megalm.data.tokenizer import FILES, RECORD, Tokenizer, load_tokenizer
 from megalm.errors import UserError
 from megalm.files import write_atomic
+from megalm.launch.slurm import STOPPED
 from megalm.locks import lock
 
 CHECKPOINTS = "checkpoints"
@@ -38,8 +42,26 @@ class RunLog(logging.FileHandler):
         raise UserError(f"{self.baseFilename}: cannot write: {error}; the last checkpoint is intact") from error
 
 
-def check_directory(directory: Path) -> None:
-    """Raises a UserError if no run can live in `directory`; writes nothing."""
+@contextmanager
+def private(group: str | None) -> Iterator[None]:
+    """While inside, what this process makes is for its owner alone, or for a group to read, too."""
+    former = os.umask(0o077)
+    os.umask(former | (0o027 if group else 0o077))
+    try:
+        yield
+    finally:
+        os.umask(former)
+
+
+def check_directory(directory: Path, group: str | None = None) -> None:
+    """Raises a UserError if no run can live in `directory` and be read by `group`; writes nothing."""
+    if group is not None:
+        try:
+            number = grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise UserError(f"run.group={group}: there is no such group on {socket.gethostname()}") from None
+        if os.geteuid() and number not in (os.getegid(), *os.getgroups()):
+            raise UserError(f"run.group={group}: you are not in it: choose one of yours (`id -Gn`), or null")
     here = directory
     while not here.exists():
         here = here.parent
@@ -58,14 +80,17 @@ def check_directory(directory: Path) -> None:
 
 
 @contextmanager
-def opened(directory: Path) -> Iterator[None]:
+def opened(directory: Path, group: str | None = None) -> Iterator[None]:
     """Makes a run's directory, keeps other processes out of it, and logs to its `train.log`.
 
     A directory that was new or empty is so again if the run fails before it has a number to show.
     """
-    check_directory(directory)
+    check_directory(directory, group)
     existed = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
+    if group is not None and not existed:
+        shutil.chown(directory, group=group)
+        directory.chmod(0o2750)  # what is made inside is of the same group
     held = lock(directory / MARK, wait=False)
     if held is None:
         raise UserError(f"run.dir={directory}: another process trains there: choose another directory")
@@ -96,8 +121,14 @@ def _logging(directory: Path) -> Iterator[None]:
         handler.close()
 
 
+def mark_stopped(directory: Path, reason: str) -> None:
+    """Leaves word that the run is not complete, although its processes have ended well."""
+    write_atomic(directory / STOPPED, f"{reason}\n".encode())
+
+
 def describe(config: Config, directory: Path) -> None:
-    """Writes what the run is made of into its directory: the resolved config and the tokenizer."""
+    """Writes what the run is made of into its directory: the resolved config and the tokenizer. It goes on."""
+    (directory / STOPPED).unlink(missing_ok=True)
     write_atomic(directory / "config.yaml", to_yaml(config).encode())
     _copy_tokenizer(config.tokenizer.path, directory / "tokenizer")
 

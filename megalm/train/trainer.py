@@ -43,17 +43,27 @@ from megalm.optim.gradients import clip, sum_copies, totals
 from megalm.optim.schedule import learning_rate_factor
 from megalm.parallel.pipeline.recording import Recording
 from megalm.parallel.pipeline.timeline import TIMELINE
-from megalm.train.build import Inputs, Parts, build_inputs, build_model, build_parts, model_inputs, pinned
+from megalm.train.build import (
+    BYTES_A_PARAMETER,
+    Inputs,
+    Parts,
+    build_inputs,
+    build_model,
+    build_parts,
+    model_inputs,
+    pinned,
+)
 from megalm.train.device import DTYPES, memory_bytes, peak_flops
 from megalm.train.evaluate import evaluation_line, score_sources
 from megalm.train.metrics import Metrics
 from megalm.train.progress import Terminal, summary
 from megalm.train.resume import differences, initial_checkpoint, refuse_another_run
-from megalm.train.run_directory import check_directory, checkpoints_of, describe, opened
-from megalm.train.signals import StopRequest
+from megalm.train.run_directory import check_directory, checkpoints_of, describe, mark_stopped, opened, private
+from megalm.train.signals import StopRequest, in_seconds
 from megalm.train.state import shards
 
 logger = logging.getLogger("megalm")
+SAVES = 50e6  # bytes a second that a rank is expected to save, before it has
 RECORDED = 2  # the step whose timeline is kept, counted from the process's first, which is slower
 
 
@@ -79,7 +89,7 @@ def run(load: Callable[[], Config], process: Process, stop: StopRequest, dry_run
 
     def prepare() -> Inputs:
         inputs = build_inputs(load(), process)
-        check_directory(directory := Path(inputs.config.run.dir))
+        check_directory(directory := Path(inputs.config.run.dir), inputs.config.run.group)
         checkpoints_of(inputs.config, directory)
         return replace(inputs, initial=initial_checkpoint(inputs))
 
@@ -91,9 +101,10 @@ def run(load: Callable[[], Config], process: Process, stop: StopRequest, dry_run
         if dry_run:
             terminal.say("dry run: everything that can be checked is well; nothing was written")
             return
-        with world.joined(inputs.device, inputs.config.run.timeout), ExitStack() as stack:
+        group = inputs.config.run.group
+        with private(group), world.joined(inputs.device, inputs.config.run.timeout), ExitStack() as stack:
             if chief:
-                stack.enter_context(opened(directory))
+                stack.enter_context(opened(directory, group))
             trainer = Trainer(inputs, directory)
             if chief:
                 describe(inputs.config, directory)  # not before the run may go on: a refused one changes nothing
@@ -140,9 +151,9 @@ class Trainer:
         )
         self.saved: int | None = None
         """The step of the newest checkpoint."""
-        self._said_to_wait = False
+        self._said_to_wait, self._save_begun = False, 0.0
         self.stopping = False
-        """Whether some rank had been asked to stop by the last step, as all ranks know."""
+        """Whether some rank had a reason to stop by the last step, as all ranks know."""
         self._resume()
         self._recorded = self.position.step + RECORDED
 
@@ -151,6 +162,8 @@ class Trainer:
         if self.position.step >= self.steps:
             logger.info("%s: complete: all %d steps are done", self.directory, self.steps)
             return
+        stop.limit = in_seconds(self.config.run.time_limit)
+        stop.slowest["save"] = max(1.0, self.parameters * BYTES_A_PARAMETER / self.mesh.layout.size / SAVES)
         self.peak = peak_flops(self.inputs.device, DTYPES[self.config.precision.compute])
         with ExitStack() as stack:
             metrics = stack.enter_context(closing(self._metrics())) if self.mesh.rank == 0 else None
@@ -158,22 +171,29 @@ class Trainer:
             stack.callback(self.saver.abandon)
             terminal.start(self.steps, self.position.step)
             if self.position.step == 0:
-                self._evaluate(metrics)
+                with stop.timed("evaluation"):
+                    self._evaluate(metrics)
             while self.position.step < self.steps and not self.stopping:
-                values = self.step(stream, stop)
+                with stop.timed("step"):
+                    values = self.step(stream, stop)
                 done = self.position.step
                 if metrics and (done % self.config.log.every == 0 or done == self.steps):
                     metrics.write(values)
                     terminal.step(values)
                 last = done == self.steps
                 if last or done % known(self.config.evaluate.every) == 0:
-                    self._evaluate(metrics)
+                    with stop.timed("evaluation"):
+                        self._evaluate(metrics)
                 if last or done % known(self.config.checkpoint.every) == 0:
-                    self._save(metrics)
-            self._finish_saving(metrics)
-            if self.stopping:
-                name = stop.received.name if stop.received else "a signal to another rank"
-                logger.info("%s: stopped after step %d; start again to go on", name, self.position.step)
+                    with stop.timed("save"):
+                        self._save(metrics)
+            with stop.timed("save"):
+                self._finish_saving(metrics)
+            if self.stopping and self.position.step < self.steps:
+                reason = stop.reason or "a signal to another rank, or its time limit"
+                logger.info("%s: stopped after step %d; start again to go on", reason, self.position.step)
+                if metrics:
+                    mark_stopped(self.directory, f"{reason} after step {self.position.step} of {self.steps}")
 
     def _metrics(self) -> Metrics:
         last_line = self.position.step or -1  # a run that starts anew evaluates at step 0 anew
@@ -210,6 +230,7 @@ class Trainer:
         loss, norm, self.stopping = nats_of_all / counted, found.norm, asked > 0
         if self.saver.pending is not None and written >= self.mesh.world.size:
             self._commit()
+            stop.slowest["save"] = max(stop.slowest["save"], time.monotonic() - self._save_begun)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._commit()
             raise self._diverged(step, loss, norm)
@@ -265,13 +286,13 @@ class Trainer:
 
     def _sums(self, batch: Sequence[MicroBatch], nats: Tensor, stop: StopRequest) -> list[Tensor | float]:
         """What is added up over all ranks beside the gradient's norm: nats, pairs of tokens that see each other, bytes
-        of memory, ranks that were asked to stop, and ranks that have written their part of a checkpoint."""
+        of memory, ranks that have a reason to stop, and ranks that have written their part of a checkpoint."""
         mesh, window = self.mesh, self.config.model.sliding_window
         pairs = 0
         if mesh.tensor.rank == 0 and mesh.pipeline.rank == 0:  # the others have the same micro-batches
             pairs = sum(seen_pairs(part.segments.tolist(), window) for part in batch)
         mine = nats if self.parts.passes.predicts else 0.0
-        return [mine, pairs, memory_bytes(mesh.device), float(stop.received is not None), self.saver.progress]
+        return [mine, pairs, memory_bytes(mesh.device), float(bool(stop.reason)), self.saver.progress]
 
     def _diverged(self, step: int, loss: float, norm: float) -> UserError:
         where = "there is no checkpoint yet" if self.saved is None else f"the last checkpoint is of step {self.saved}"
@@ -336,6 +357,7 @@ class Trainer:
             "tokenizer": self.inputs.tokenizer.fingerprint,
             "config": self.config.model_dump(mode="json"),
         }
+        self._save_begun = time.monotonic()
         self.saver.start(self.position.step, list(shards(self.parts)), state)
         if not self.config.checkpoint.asynchronous:
             self._commit()

@@ -12,7 +12,7 @@ import torch
 
 import megalm
 from megalm.cli import main
-from megalm.ops import native
+from megalm.ops import cpu_attention, native
 
 
 def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -77,3 +77,14 @@ def test_nvidias_apex_is_told_by_its_module_and_not_by_its_name(
         with monkeypatch.context() as patch:
             finding(patch, **modules)
             assert shown(capsys)["apex"].startswith(wanted)
+
+
+def test_attention_is_what_the_processor_has_kernels_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fastest, wanted in (
+        ({}, "float32 matrix products, bfloat16 matrix products"),
+        ({torch.bfloat16: "amx"}, "float32 matrix products, bfloat16 amx"),
+    ):
+        monkeypatch.setattr(cpu_attention, "FASTEST", fastest)
+        assert shown(capsys)["attention on a CPU"] == wanted

@@ -195,16 +195,6 @@ OVERRIDES = [
         "schedule={tokens: 81920, decay_tokens: 81921}",
         "schedule.decay_tokens=81921 is longer than the run (schedule.tokens=81920, 10 steps): shorten",
     ),
-    (
-        "parallel.tensor=2",
-        "parallel.tensor=2 needs at least 2 processes, this run has 1: start 2, or choose tensor=1, pipeline.size=1, "
-        "data=1",
-    ),
-    ("parallel.data=2", "parallel.data=2 needs at least 2 processes, this run has 1"),
-    (
-        "parallel={tensor: 2, pipeline: {size: 4}}",
-        "parallel.tensor=2 * parallel.pipeline.size=4 needs at least 8 processes, this run has 1",
-    ),
     ("parallel.pipeline.chunks=2", "parallel.pipeline.chunks=2 has no meaning with pipeline.size=1: set chunks=1"),
     (
         "parallel.tensor_overlap=2",
@@ -316,6 +306,18 @@ LAYOUTS = [
         "parallel.pipeline.size=4 * parallel.pipeline.chunks=4 is more than model.num_layers=8",
     ),
     ("batch.global_size=30", 4, "batch.global_size=30 cannot be shared between 4 data ranks: choose a multiple of 4"),
+    (
+        "parallel.tensor=2",
+        1,
+        "parallel.tensor=2 needs at least 2 processes, this run has 1: start 2, or choose tensor=1, pipeline.size=1, "
+        "data=1",
+    ),
+    ("parallel.data=2", 1, "parallel.data=2 needs at least 2 processes, this run has 1"),
+    (
+        "parallel={tensor: 2, pipeline: {size: 4}}",
+        1,
+        "parallel.tensor=2 * parallel.pipeline.size=4 needs at least 8 processes, this run has 1",
+    ),
     ("run.seed=1", 16, "batch.micro_size=4 does not divide batch.global_size / 16 data ranks=2: choose 1 or 2"),
 ]
 
@@ -410,7 +412,7 @@ def test_line_ends_and_odd_characters_in_names_keep_the_message_on_one_line(caps
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["train", "config.yaml", "parallel.tensor=2"],
+        ["train", "config.yaml", "parallel.tensor=2", "--nproc", "1"],
         ["train", "config.yaml", "model.num_layer=3"],
         ["config", "shwo"],
         ["train", "nowhere.yaml"],

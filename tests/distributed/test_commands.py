@@ -16,9 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import losses, read_metrics, wait_for_step, write_config
+from runs import losses, over, read_metrics, wait_for_step, write_config
 
 from megalm.cli import main
+from megalm.launch.world import GONE
 from megalm.parallel.pipeline.timeline import read_timeline
 
 SETTINGS = ["schedule={steps: 24}", "model.num_heads=4", "optimizer.eps=1.0e-5", "run.timeout=20.0"]
@@ -44,6 +45,12 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     found = psutil.Process(process.pid).children(recursive=True)
     ranks = [child for child in found if "megalm.train" in " ".join(child.cmdline())]
     return sorted(ranks, key=lambda child: int(child.environ()["RANK"]))
+
+
+def heard_at(processes: list[psutil.Process]) -> set[str]:
+    """Where processes listen."""
+    found = [connection for process in processes for connection in process.net_connections("tcp")]
+    return {connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN}
 
 
 def free_port() -> int:
@@ -73,7 +80,7 @@ def _no_rank_is_left() -> Iterator[None]:
                 process.kill()
 
 
-def outcome(process: subprocess.Popen[bytes], timeout: float = 120) -> tuple[int, list[str]]:
+def outcome(process: subprocess.Popen[bytes], timeout: float = 280) -> tuple[int, list[str]]:
     """Exit code, and the errors that were said."""
     _, errors = process.communicate(timeout=timeout)
     return process.returncode, [line for line in errors.decode().splitlines() if line.startswith("megalm: error")]
@@ -101,6 +108,17 @@ def test_a_killed_run_goes_on_under_another_layout_with_the_same_losses(data: Pa
     assert main(["generate", str(several), "--prompt", "a: number", "--max-new-tokens", "5"]) == 0
 
 
+def test_ranks_end_when_the_one_that_keeps_their_store_is_stopped(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes = by_hand(write_config(data, run), *[["schedule.steps=100000"]] * 2)
+    wait_for_step(processes[0], run, 3)
+    os.kill(processes[0].pid, signal.SIGSTOP)
+    code, [error] = outcome(processes[1])
+    assert (code, error) == (1, f"megalm: error: rank 1: {GONE}")
+    processes[0].kill()
+    processes[0].wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_killed_or_stopped_ends_the_run_and_is_named(
     data: Path, tmp_path: Path, number: signal.Signals
@@ -126,8 +144,9 @@ def test_a_rank_that_is_killed_fails_the_command_and_one_that_is_asked_to_stop_d
     data: Path, tmp_path: Path, number: signal.Signals, ends_with: int
 ) -> None:
     run = tmp_path / "run"
-    process = started(write_config(data, run), "--nproc", "2", "parallel.tensor=2", "schedule.steps=100000")
+    process = started(write_config(data, run), "parallel.tensor=2", "schedule.steps=100000")
     wait_for_step(process, run, 3)
+    assert heard_at([psutil.Process(process.pid), *ranks_of(process)]) == {"127.0.0.1"}
     ranks_of(process)[1].send_signal(number)
     code, errors = outcome(process)
     assert code == ends_with
@@ -179,12 +198,13 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(data: Path, tmp_path
     run = tmp_path / "run"
     processes = by_hand(write_config(data, run), *[["schedule.steps=5000"]] * 2)
     wait_for_step(processes[0], run, 3)
+    assert heard_at([psutil.Process(process.pid) for process in processes]) <= {"127.0.0.1", "::1"}
     processes[1].send_signal(signal.SIGTERM)
     assert [outcome(process) for process in processes] == [(0, [])] * 2
     last = read_metrics(run)[-1]["step"]
     assert last < 5000
     assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
-    assert f"a signal to another rank: stopped after step {last}" in (run / "train.log").read_text()
+    assert f"a signal to another rank, or its time limit: stopped after step {last}" in (run / "train.log").read_text()
 
 
 def test_a_run_that_diverges_ends_all_ranks_with_one_line(data: Path, tmp_path: Path) -> None:
@@ -193,6 +213,68 @@ def test_a_run_that_diverges_ends_all_ranks_with_one_line(data: Path, tmp_path: 
     assert [code for code, _ in ends] == [2, 2]
     assert "training has diverged" in ends[0][1][0]
     assert ends[1][1] == []
+
+
+@pytest.mark.timeout(900)
+def test_a_run_starts_again_by_itself_after_a_rank_was_killed_and_goes_on_bit_for_bit(
+    data: Path, tmp_path: Path
+) -> None:
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    layout = ["parallel.data=2", "parallel.zero.stage=2"]
+    assert outcome(started(write_config(data, alone), *layout)) == (0, [])
+    process = started(write_config(data, killed), "--max-restarts", "1", *layout)
+    wait_for_step(process, killed, 12)
+    ranks_of(process)[1].kill()
+    code, errors = outcome(process)
+    assert code == 0
+    assert errors != []
+    assert all("rank 1 " in error for error in errors)
+    assert losses(killed) == losses(alone)
+    assert "continuing from" in (killed / "train.log").read_text()
+
+
+def test_ranks_whose_agent_was_killed_save_and_end(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = started(write_config(data, run), "parallel.tensor=2", "schedule.steps=100000", "checkpoint.every=100000")
+    wait_for_step(process, run, 3)
+    ranks = ranks_of(process)
+    process.kill()
+    deadline = time.monotonic() + 200
+    while not all(over(rank) for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    last = read_metrics(run)[-1]["step"]
+    assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
+
+
+@pytest.mark.timeout(900)
+def test_deepspeeds_launcher_starts_a_run_by_itself_and_through_ours(data: Path, tmp_path: Path) -> None:
+    """Ours takes what theirs would have read with a shell as it is, and shows nothing of it."""
+    pytest.importorskip("deepspeed")
+    theirs, ours, alone = tmp_path / "theirs", tmp_path / "it's $(touch touched) ours", tmp_path / "alone"
+    steps = ["schedule={steps: 2}", "run.device=cpu"]
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    (tmp_path / ".deepspeed_env").write_text("\n# secret\nWANDB_API_KEY=hu sh$(touch touched)\n")
+    (tmp_path / ".deepspeed_env").chmod(0o600)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "DS_ENV_FILE": "none", "PYTHONPATH": str(Path.cwd())}
+    place = ["--no_ssh", "--node_rank=0", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={tmp_path / 'hosts'}", *place]
+    bare = [*runner, "--module", "megalm.train", write_config(data, theirs), *steps]
+    assert subprocess.run(bare, env=environment, cwd=tmp_path, timeout=280, capture_output=True).returncode == 0
+    del environment["DS_ENV_FILE"]
+    config = [write_config(data, ours), *steps, "optimizer.learning_rate=3.0e-3 # $(touch touched) `id` '\""]
+    megalm = [sys.executable, "-m", "megalm", "launch", *config, "--hostfile", "hosts"]
+    done = subprocess.run(megalm, env=environment, cwd=tmp_path, timeout=280, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step 2: loss" in done.stdout
+    assert "launch.py" not in done.stdout + done.stderr
+    assert "hu sh" not in done.stdout + done.stderr
+    assert not (tmp_path / "touched").exists()
+    assert list(tmp_path.glob(".*launch*")) == []
+    assert main(["train", write_config(data, alone), *steps]) == 0
+    for run in (theirs, ours):
+        for (_, *line), (_, *wanted) in zip(losses(run), losses(alone), strict=True):
+            assert line == pytest.approx(wanted, rel=1e-5)
 
 
 def test_torchrun_starts_a_run(data: Path, tmp_path: Path) -> None:

@@ -46,17 +46,32 @@ def test_killed_runs_go_on_bit_for_bit(data: Path, whole: Path) -> None:
     assert losses(run) == losses(whole)
 
 
-def test_sigterm_saves_and_exits_with_0(data: Path, whole: Path) -> None:
-    run = data / "stopped"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_told_to_stop_saves_leaves_word_and_exits_with_0(
+    data: Path, whole: Path, number: signal.Signals
+) -> None:
+    run = data / f"told-by-{number.name}"
     config = write_config(data, run)
     process = start(config)
     wait_for_step(process, run, 12)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(60) == 0
     last = losses(run)[-1][0]
     assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
+    assert (run / "stopped").read_text() == f"{number.name} after step {last} of 60\n"
     assert start(config).wait(200) == 0
     assert losses(run) == losses(whole)
+    assert not (run / "stopped").exists()
+
+
+def test_a_run_stops_in_time_for_its_limit_and_goes_on_bit_for_bit(data: Path, whole: Path) -> None:
+    run = data / "limited"
+    config = write_config(data, run)
+    assert start(config, "run.time_limit=0.1").wait(200) == 0
+    assert (run / "stopped").read_text() == "run.time_limit after step 1 of 60\n"
+    assert start(config, "run.time_limit=9:00:00").wait(200) == 0
+    assert losses(run) == losses(whole)
+    assert not (run / "stopped").exists()
 
 
 def test_a_killed_run_in_bfloat16_with_growing_batches_goes_on_bit_for_bit(data: Path) -> None:

@@ -1,0 +1,46 @@
+"""Starting a run again after a failure: it goes on from its newest intact checkpoint, as any start does."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ASKED = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)}
+TAIL = 1 << 16  # bytes in which the last line of a run's metrics is found
+
+
+def with_restarts(attempt: Callable[[], int], restarts: int, directory: Path) -> int:
+    """The exit code of the last `attempt`. After a failure it is made again, at most `restarts` times, but not after
+    two failures at the same step, which the same start would only bring back, nor after a mistake of the user's (2) or
+    a signal to end. `directory` is the run's."""
+    failed_at = -1
+    for number in range(1, restarts + 2):
+        code = attempt()
+        step = last_step(directory)
+        if code in (0, 2) or code in ASKED or number > restarts:
+            return code
+        if step == failed_at:
+            print(f"megalm: failed twice at step {step}: not started again", file=sys.stderr)
+            return code
+        failed_at = step
+        print(f"megalm: failed after step {step} (exit code {code}): restart {number} of {restarts}", file=sys.stderr)
+    return code
+
+
+def last_step(directory: Path) -> int:
+    """The last step that a run's metrics tell of, 0 if there is none."""
+    try:
+        with (directory / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - TAIL))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):  # the end of a line, or half of one
+            continue
+    return 0
