@@ -20,7 +20,7 @@ from typing import Any
 from megalm.data.tiktoken_file import TiktokenTokenizer
 from megalm.data.tokenizer import EOD, SPACE, ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
-MERGED = ("ByteLevel", "Sequence")  # post-processors that add no token
+ADDING_NOTHING = ("ByteLevel", "Sequence")  # post-processors
 PROBES = (
     "Hello, world! It's 2024; x = [1, 22, 333]\n",
     "  def f(self):\n\t\treturn {'a': 0.5}   # spaces   \n\n\n",
@@ -78,7 +78,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
 
 
 def _without_template(processor: dict[str, Any] | None) -> dict[str, Any] | None:
-    if processor is None or processor["type"] not in MERGED:
+    if processor is None or processor["type"] not in ADDING_NOTHING:
         return None
     if processor["type"] == "Sequence":
         kept = [part for part in map(_without_template, processor["processors"]) if part]

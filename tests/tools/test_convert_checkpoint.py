@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing
+import os
+import pickle
 import queue
-import subprocess
-import sys
+import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,11 +22,14 @@ from ranks import run_ranks
 from torch import Tensor
 
 from megalm.checkpoint.huggingface import to_config
+from megalm.checkpoint.interop import from_megatron
 from megalm.checkpoint.weights import Weights
 from megalm.config.sections import Model
 from megalm.config.text import to_yaml
+from megalm.errors import UserError
 from megalm.model.transformer import Transformer
 from megalm.parallel.zero.deepspeed import load_deepspeed
+from megalm.train.exchange import shapes
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 MEGATRON: dict[str, dict[str, Any]] = {
@@ -33,8 +39,18 @@ MEGATRON: dict[str, dict[str, Any]] = {
 }
 
 
-def convert(kind: str, source: Path, model: Model, output: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the tool with the config of a run with this model."""
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def convert(tool: ModuleType, kind: str, source: Path, model: Model, output: Path) -> int:
+    """Runs the tool with the config of a run with this model; gives its exit code."""
     config = output.with_suffix(".yaml")
     sections = {
         "run": {"dir": str(output / "run")},
@@ -45,13 +61,11 @@ def convert(kind: str, source: Path, model: Model, output: Path) -> subprocess.C
         "schedule": {"steps": 10},
     }
     config.write_text(to_yaml(sections))
-    command = [sys.executable, str(TOOL), kind, str(source), "--config", str(config), "--output", str(output)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+    return tool.main([kind, str(source), "--config", str(config), "--output", str(output)])
 
 
-def converted(kind: str, source: Path, model: Model, output: Path) -> Transformer:
-    done = convert(kind, source, model, output)
-    assert done.returncode == 0, done.stderr
+def converted(tool: ModuleType, kind: str, source: Path, model: Model, output: Path) -> Transformer:
+    assert convert(tool, kind, source, model, output) == 0
     weights = Weights([output / "checkpoints" / "step-00000000"])
     ours = Transformer(weights.model)
     ours.load_state_dict({name: weights.tensor(name) for name in weights.shapes})
@@ -109,11 +123,11 @@ def saved_by_megatron(changes: dict[str, Any], directory: str) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.full), *list(MEGATRON)[1:]])
-def test_a_checkpoint_of_megatron_core_computes_the_same_here(name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_megatron_core_computes_the_same_here(name: str, tool: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "iter_0000010"
     source.mkdir()
     logits, _ = run_ranks(2, saved_by_megatron, MEGATRON[name], str(source), timeout=250)
-    ours = converted("megatron", source, model_of(MEGATRON[name]), tmp_path / "start")
+    ours = converted(tool, "megatron", source, model_of(MEGATRON[name]), tmp_path / "start")
     assert logits.std() > 0.3
     assert (our_logits(ours, tokens()) - logits).abs().max() <= 1e-4
 
@@ -124,13 +138,14 @@ def saved_by_deepspeed(directory: str) -> Tensor:
     from deepspeed.checkpoint import ds_to_universal
 
     deepspeed = load_deepspeed(torch.device("cpu"))
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # it insists
     config = transformers.AutoConfig.for_model(**to_config(model_of({}), 256, "float32"))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
-    settings = {"train_batch_size": 6, "train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 1}}
+    settings = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 1}}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=0.01), config=settings, dist_init_required=False
     )
@@ -148,8 +163,87 @@ def saved_by_deepspeed(directory: str) -> Tensor:
         return model(tokens()).logits
 
 
-def test_a_universal_checkpoint_of_deepspeed_computes_the_same_here(tmp_path: Path) -> None:
+def test_a_universal_checkpoint_of_deepspeed_computes_the_same_here(tool: ModuleType, tmp_path: Path) -> None:
     logits, _ = run_ranks(2, saved_by_deepspeed, str(tmp_path), timeout=250)
-    ours = converted("deepspeed", tmp_path / "universal", model_of({}), tmp_path / "start")
+    ours = converted(tool, "deepspeed", tmp_path / "universal", model_of({}), tmp_path / "start")
     assert logits.std() > 0.3
     assert (our_logits(ours, tokens()) - logits).abs().max() <= 1e-4
+
+
+class Harmful:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_nothing_in_a_foreign_file_is_run(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, witness = tmp_path / "iter_0000010", tmp_path / "witness"
+    source.mkdir()
+    (source / ".metadata").write_bytes(pickle.dumps(Harmful(witness)))
+    assert convert(tool, "megatron", source, model_of({}), tmp_path / "start") == 2
+    assert re.search(r"iter_0000010: its .metadata asks for \S+, .*: refused\n$", capsys.readouterr().err)
+    (source / "zero" / "lm_head.weight").mkdir(parents=True)
+    torch.save({"param": Harmful(witness)}, source / "zero" / "lm_head.weight" / "fp32.pt")
+    assert convert(tool, "deepspeed", source, model_of({}), tmp_path / "start") == 2
+    assert "fp32.pt: cannot read: Weights only load failed" in capsys.readouterr().err
+    assert not witness.exists()
+    assert not (tmp_path / "start").exists()
+
+
+def test_what_is_damaged_or_elsewhere_is_one_line(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "iter_0000010"
+    source.mkdir()
+    for content, says in [(None, "No such file or directory: give the directory of one"), (b"\x80\x04", "damaged")]:
+        if content:
+            (source / ".metadata").write_bytes(content)
+        assert convert(tool, "megatron", source, model_of({}), tmp_path / "start") == 2
+        assert says in capsys.readouterr().err
+    assert convert(tool, "deepspeed", source, model_of({}), tmp_path / "start") == 2
+    assert "has no folder zero" in capsys.readouterr().err
+
+
+def megatron_tensors(model: Model) -> dict[str, Tensor]:
+    """Under Megatron's names, with a padded vocabulary."""
+    rows = (model.num_heads + 2 * (model.num_kv_heads or 0)) * (model.head_dim or 0)
+    layer = {
+        "self_attention.linear_qkv.weight": (rows, model.hidden_size),
+        "self_attention.linear_qkv.layer_norm_weight": (model.hidden_size,),
+        "self_attention.linear_proj.weight": (model.hidden_size, model.hidden_size),
+        "mlp.linear_fc1.layer_norm_weight": (model.hidden_size,),
+        "mlp.linear_fc1.weight": (2 * model.ffn_size, model.hidden_size),
+        "mlp.linear_fc2.weight": (model.hidden_size, model.ffn_size),
+    }
+    shapes = {f"decoder.layers.{name}": (model.num_layers, *shape) for name, shape in layer.items()}
+    shapes |= dict.fromkeys(("embedding.word_embeddings.weight", "output_layer.weight"), (384, model.hidden_size))
+    return {name: torch.randn(shape) for name, shape in (shapes | {"decoder.final_layernorm.weight": (64,)}).items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "added", "says"),
+    [
+        (
+            {},
+            {"decoder.layers.mlp.linear_fc1.bias": (3, 352)},
+            "has a tensor 'decoder.layers.mlp.linear_fc1.bias'",
+        ),
+        ({"tie_embeddings": True}, {}, "has a tensor 'output_layer.weight', for which"),
+        ({"qk_norm": True}, {}, "has no tensor 'decoder.layers.self_attention.q_layernorm.weight'"),
+        ({"position": "learned"}, {}, "has no tensor 'embedding.position_embeddings.weight'"),
+        ({"num_kv_heads": 4}, {}, "linear_qkv has 96 rows, but .* make 128"),
+        ({"ffn_size": 175}, {}, r"gate.weight is \[176, 64\], but the model section makes it \[175, 64\]"),
+        ({"vocab_size": 385}, {}, r"embedding.weight is \[384, 64\], but the model section makes it \[385, 64\]"),
+    ],
+)
+def test_a_model_section_that_does_not_fit_megatrons_tensors_is_refused(
+    changes: dict[str, Any], added: dict[str, tuple[int, ...]], says: str
+) -> None:
+    tensors = megatron_tensors(model_of({})) | {name: torch.zeros(shape) for name, shape in added.items()}
+    from_megatron(model_of({}), shapes(model_of({})), tensors.keys() - added.keys(), tensors.__getitem__)
+    with pytest.raises(UserError, match=says):
+        from_megatron(model_of(changes), shapes(model_of(changes)), tensors, tensors.__getitem__)
