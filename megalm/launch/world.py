@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
+from megalm.config.sections import Run
 from megalm.errors import RunFailed, UserError
 from megalm.launch.ranks import Process
 from megalm.parallel.backend import backend
@@ -37,6 +38,8 @@ from megalm.parallel.backend import backend
 T = TypeVar("T")
 WORD, HERE, LEFT = "megalm/failed", "megalm/here", "megalm/left"
 GONE = "rank 0, or the launcher, which kept the ranks' store, no longer answers"
+TIMEOUT: float = Run.model_fields["timeout"].default
+TRY = 5.0  # seconds of each attempt to reach the store
 POLL, GRACE = 1.0, 6.0  # seconds between looks at the store; seconds that the others have to answer
 
 
@@ -50,21 +53,34 @@ class World:
         self._answered = False
         """Whether this rank has answered a roll call: who holds it will say what happened."""
 
-    def agree(self, prepare: Callable[[], T], facts: Callable[[T], Mapping[str, str]], timeout: float) -> T:
-        """What `prepare` gives, if it gives the same `facts` on every rank. Its UserError on any rank ends all: rank 0
-        raises it, the others a RunFailed without words. Waits at most `timeout` seconds for the others."""
+    def agree(
+        self,
+        prepare: Callable[[], T],
+        facts: Callable[[T], Mapping[str, str]],
+        timeout: Callable[[T], float] = lambda _: TIMEOUT,
+        asked: Callable[[], bool] = lambda: False,
+    ) -> T:
+        """What `prepare` gives, if it gives the same `facts` on every rank. What it raises on any rank ends all: rank 0
+        raises a UserError, the others a RunFailed without words, or what is no UserError where it began. Waits for the
+        others for at most `timeout` seconds, and not once it is `asked` to stop."""
         if self.process.size == 1:
             return prepare()
-        prepared, found, mistake = None, {}, ""
+        prepared, found, mistake, failure, limit = None, {}, "", None, TIMEOUT
         try:
             prepared = prepare()
-            found = dict(facts(prepared))
+            found, limit = dict(facts(prepared)), timeout(prepared)
         except (UserError, OSError) as error:
             mistake = str(error)
-        self._store = self._connect(timeout)
+        except Exception as error:
+            mistake, failure = f"{type(error).__name__}: {error}", error
+        self._store = self._connect(limit, asked)
         word = json.dumps({"host": socket.gethostname(), "mistake": mistake, "facts": found})
         self._store.set(f"megalm/start/{self.process.rank}", word)
-        verdict = self._verdict(timeout)
+        if failure is not None and self.process.rank:
+            raise failure
+        verdict = self._verdict(limit, asked)
+        if failure is not None:
+            raise failure
         if verdict:
             self._leave(self._store, self.process.size)
             raise UserError(verdict) if self.process.rank == 0 else RunFailed("", 2)
@@ -103,38 +119,57 @@ class World:
             watch.join(2 * POLL)  # it may be waiting for a store that will never answer
         dist.destroy_process_group()
 
-    def _connect(self, timeout: float) -> Store:
+    def _connect(self, timeout: float, asked: Callable[[], bool] = lambda: False) -> Store:
         process = self.process
         keeper = process.rank == 0 and not process.agent and self._store is None
         listening = _listen(process) if keeper else None
-        try:
-            return dist.TCPStore(
-                process.address,
-                process.port,
-                is_master=keeper,
-                timeout=timedelta(seconds=timeout),
-                wait_for_workers=False,  # so that those who are missing can be named
-                master_listen_fd=listening.detach() if listening else None,
-            )
-        except dist.DistNetworkError as error:
-            where = f"{process.address}:{process.port}"
-            raise RunFailed(f"rank {process.rank}: nobody answers at {where} within {timeout:.0f} s", 1) from error
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                store = dist.TCPStore(
+                    process.address,
+                    process.port,
+                    is_master=keeper,
+                    timeout=timedelta(seconds=min(TRY, timeout)),  # no signal is heard meanwhile
+                    wait_for_workers=False,  # so that those who are missing can be named
+                    master_listen_fd=listening.detach() if listening else None,
+                )
+            except dist.DistNetworkError as error:
+                self._stop_if(asked())
+                if not keeper and time.monotonic() < deadline:
+                    continue
+                where = f"{process.address}:{process.port}"
+                raise RunFailed(f"rank {process.rank}: nobody answers at {where} within {timeout:.0f} s", 1) from error
+            store.set_timeout(timedelta(seconds=timeout))
+            return store
 
-    def _verdict(self, timeout: float) -> str:
+    def _stop_if(self, asked: bool) -> None:
+        if asked:
+            raise RunFailed(f"rank {self.process.rank}: asked to stop while it waited for the other ranks", 1)
+
+    def _verdict(self, timeout: float, asked: Callable[[], bool]) -> str:
         """What rank 0 finds when it compares all ranks; empty if all are alike."""
         store, key = self._store, "megalm/verdict"
         assert store is not None
+
+        def wait(keys: list[str], seconds: float) -> bool:
+            deadline = time.monotonic() + seconds
+            while not store.check(keys) and time.monotonic() < deadline:  # in Python, where signals are heard
+                self._stop_if(asked())
+                time.sleep(0.05)
+            return store.check(keys)
+
         if self.process.rank:
             try:
-                store.wait([key], timedelta(seconds=timeout + GRACE))
+                if wait([key], timeout + GRACE):
+                    return store.get(key).decode()
             except (dist.DistStoreError, dist.DistNetworkError):
-                raise RunFailed("", 1) from None
-            return store.get(key).decode()
+                pass
+            raise RunFailed("", 1)
         names = [f"megalm/start/{rank}" for rank in range(self.process.size)]
-        try:
-            store.wait(names, timedelta(seconds=timeout))
+        if wait(names, timeout):
             verdict = compare([json.loads(store.get(name)) for name in names])
-        except dist.DistStoreError:
+        else:
             missing = ", ".join(str(rank) for rank, name in enumerate(names) if not store.check([name]))
             verdict = f"rank {missing} of {len(names)} did not start within {timeout:.0f} s: see what it says"
         store.set(key, verdict)

@@ -31,10 +31,9 @@ from rich.table import Table
 import megalm
 from megalm.checkpoint.ranks import together
 from megalm.config import Config, to_yaml
-from megalm.config.sections import Run
 from megalm.errors import UserError
 from megalm.launch.ranks import Process
-from megalm.launch.world import World
+from megalm.launch.world import TIMEOUT, World
 from megalm.ops.attention import kernels_in_use
 from megalm.parallel.mesh import Axis, Layout, Mesh, build_mesh
 from megalm.train.build import layout_of
@@ -58,13 +57,12 @@ def examine(config: Config | None, process: Process) -> int:
     def facts(device: torch.device) -> dict[str, str]:
         return {"config": to_yaml(config) if config else "", "kind of device": device.type}
 
-    timeout = Run.model_fields["timeout"].default
-    device = world.agree(prepare, facts, timeout)
+    device = world.agree(prepare, facts)
     layout = layout_of(config.parallel) if config else Layout(data_shard=process.size)
-    with world.joined(device, timeout):
+    with world.joined(device, TIMEOUT):
         mesh = Mesh(device=device)
         if layout.size > 1:
-            mesh = build_mesh(layout, device, timedelta(seconds=timeout))
+            mesh = build_mesh(layout, device, timedelta(seconds=TIMEOUT))
         directory = _existing(Path(config.run.dir if config else "."))
         seen = _sees(directory, mesh)
         finding = {

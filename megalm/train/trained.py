@@ -21,7 +21,7 @@ import xxhash
 import megalm
 from megalm.checkpoint import Place, load, read_manifest
 from megalm.config import Config, resolve, to_yaml
-from megalm.config.sections import Run, known
+from megalm.config.sections import known
 from megalm.config.text import apply_overrides
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import UserError
@@ -115,7 +115,7 @@ def opened_model(
         return saved, prepare(saved)
 
     world = World(process)
-    saved, prepared = world.agree(found, _facts, Run.model_fields["timeout"].default)
+    saved, prepared = world.agree(found, _facts, lambda it: it[0].config.run.timeout)
     with world.joined(saved.device, saved.config.run.timeout):
         yield load_model(saved), prepared
 

@@ -30,7 +30,7 @@ from megalm import checkpoint
 from megalm.checkpoint.weights import PREFIX
 from megalm.config import Config, to_yaml
 from megalm.config.batches import plan_batches
-from megalm.config.sections import Run, known
+from megalm.config.sections import known
 from megalm.data.loader import GlobalBatch, MicroBatch
 from megalm.data.trace import first_hash, rolled
 from megalm.errors import UserError
@@ -94,7 +94,7 @@ def run(load: Callable[[], Config], process: Process, stop: StopRequest, dry_run
         return replace(inputs, initial=initial_checkpoint(inputs))
 
     world, chief = World(process), process.rank == 0
-    inputs = world.agree(prepare, facts, Run.model_fields["timeout"].default)
+    inputs = world.agree(prepare, facts, lambda inputs: inputs.config.run.timeout, lambda: stop.received is not None)
     directory = Path(inputs.config.run.dir)
     with Terminal(quiet=not chief) as terminal:
         terminal.say(summary(inputs))

@@ -108,6 +108,27 @@ def test_a_killed_run_goes_on_under_another_layout_with_the_same_losses(data: Pa
     assert main(["generate", str(several), "--prompt", "a: number", "--max-new-tokens", "5"]) == 0
 
 
+def lonely(data: Path, run: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """The first rank of two, whose second never comes."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    return started(write_config(data, run), *arguments, **place, MASTER_PORT=str(free_port()))
+
+
+def test_a_rank_that_never_comes_is_named_after_the_timeout(data: Path, tmp_path: Path) -> None:
+    code, [error] = outcome(lonely(data, tmp_path / "run", "run.timeout=3"))
+    assert (code, error) == (2, "megalm: error: rank 1 of 2 did not start within 3 s: see what it says")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_waits_for_others_hears_a_signal(data: Path, tmp_path: Path) -> None:
+    process = lonely(data, tmp_path / "run", "run.timeout=3000")
+    while not heard_at([psutil.Process(process.pid)]):  # it keeps the store
+        time.sleep(0.1)
+    process.terminate()
+    code, [error] = outcome(process)
+    assert (code, error) == (1, "megalm: error: rank 0: asked to stop while it waited for the other ranks")
+
+
 def test_ranks_end_when_the_one_that_keeps_their_store_is_stopped(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     processes = by_hand(write_config(data, run), *[["schedule.steps=100000"]] * 2)
