@@ -69,7 +69,7 @@ def limits(window: int | None, softcap: float | None) -> tuple[int, float]:
 def sinks_of(sinks_H: Tensor | None, heads: int, device: torch.device) -> Tensor | None:
     """The same sinks. Raises ValueError if they are not one for each head, where the scores are."""
     if sinks_H is not None:
-        _refuse_unlike("sinks_H", sinks_H, (heads,), (torch.float32, torch.float64), device)
+        _refuse_unlike("sinks_H", sinks_H, (heads,), (torch.float32, torch.float64, *native.DTYPES), device)
     return sinks_H
 
 

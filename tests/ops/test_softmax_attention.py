@@ -134,6 +134,15 @@ def test_the_last_tokens_of_a_document_see_its_cached_keys(case: str, new: int) 
     torch.testing.assert_close(last, whole[-new:], rtol=1e-10, atol=1e-12)
 
 
+def test_sinks_may_be_of_a_narrow_type() -> None:
+    q, k, v, grad, sinks = tensors(40, 4, 2, torch.bfloat16)
+    narrow, wide = (
+        outputs_and_gradients(softmax_attention, q, k, v, grad, segments_of([25, 15]), None, None, sinks=x)
+        for x in (sinks, sinks.float())
+    )
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(narrow, wide, strict=True))
+
+
 def test_sinks_that_are_not_one_for_each_head_are_refused() -> None:
     q, k, v, _, sinks = tensors(40, 4, 2, torch.float32)
     for function in (softmax_attention, softmax_attention_with_statistics):
