@@ -48,21 +48,24 @@ def find_nvcc() -> str | None:
 
 
 def cuda_architectures(nvcc: str) -> list[str]:
-    """The compute capabilities to build for, ascending, such as `90`."""
+    """The compute capabilities to build for, ascending, such as `90`: those that this nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = [arch.removeprefix("compute_") for arch in listed]
     asked = os.environ.get("MEGALM_CUDA_ARCHS")
     if asked is not None:
         archs = set(asked.replace(";", " ").replace(",", " ").replace(".", "").split())
         if not all(arch.isdigit() for arch in archs):
             raise SystemExit(f"MEGALM_CUDA_ARCHS={asked}: give compute capabilities such as 80;90, or nothing")
+        if not archs <= set(known):
+            raise SystemExit(f"MEGALM_CUDA_ARCHS={asked}: this nvcc compiles for {';'.join(known)} only")
         return sorted(archs, key=int)
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
         here = {line.strip().replace(".", "") for line in answer.splitlines()}
         if here and all(arch.isdigit() for arch in here):
-            return sorted(here, key=int)
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    return [arch for arch in COMMON_CUDA_ARCHS if f"compute_{arch}" in known]
+            return sorted(here & set(known), key=int)
+    return [arch for arch in COMMON_CUDA_ARCHS if arch in known]
 
 
 class CudaLibrary(Extension):
@@ -78,7 +81,9 @@ def cuda(name: str, folder: str) -> list[CudaLibrary]:
     nvcc = find_nvcc()
     architectures = cuda_architectures(nvcc) if nvcc else []
     if nvcc is None or not architectures:
-        why = "no nvcc: set CUDA_HOME" if nvcc is None else "MEGALM_CUDA_ARCHS is empty"
+        empty = "MEGALM_CUDA_ARCHS" in os.environ
+        unknown = "MEGALM_CUDA_ARCHS is empty" if empty else "nvcc does not compile for this machine's GPUs"
+        why = "no nvcc: set CUDA_HOME" if nvcc is None else unknown
         print(f"megalm: built without CUDA kernels ({why})")
         return []
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]

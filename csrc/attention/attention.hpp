@@ -1,7 +1,8 @@
 // Causal grouped-query attention within documents, forward and backward, on token-major tensors.
 //
 //     q, out, grad_q, grad_out: [tokens, heads, head_dim]      k, v, grad_k, grad_v: [tokens, kv_heads, head_dim]
-//     lse2: float32 [heads, tokens], log2 of the sum of exponentials of each row's scores
+//     lse2: float32 [2, heads, tokens], of each row the largest score (without a soft-cap: as q k, not scaled yet) and
+//           log2 of the sum of exponentials relative to it; in one number, a large score would leave the sum no digits
 //
 // Token i of a segment sees its tokens j with 0 <= i - j < window. Blocks of keys go past blocks of queries with the
 // softmax's maximum and sum kept up to date (FlashAttention, arXiv 2205.14135 and 2307.08691); the backward pass

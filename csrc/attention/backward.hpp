@@ -12,13 +12,13 @@ constexpr int kBlock = 128;  // queries and keys of a block
 // What all blocks of keys need of a block of queries.
 struct QueryBlock {
     Word *queries, *query_pairs, *grads, *grad_pairs;  // groups of [W][32], [I / pair][E]; the same of grad_out
-    float *grad_q, *lse2, *delta;                      // groups of [E][32], [I], [I]
+    float *grad_q, *top, *sum2, *delta;                // groups of [E][32], then [I] each: lse2's two
     std::atomic<int>* turn;                            // the block of keys that is next to add to grad_q
     QueryBlock(Layout& layout, const Sizes& sizes) {
         for (Word** words : {&queries, &query_pairs, &grads, &grad_pairs})
             *words = layout.take<Word>(sizes.words(kBlock));
         grad_q = layout.take<float>(sizes.floats(kBlock));
-        lse2 = layout.take<float>(kBlock), delta = layout.take<float>(kBlock);
+        for (float** floats : {&top, &sum2, &delta}) *floats = layout.take<float>(kBlock);
         turn = layout.take<std::atomic<int>>(1);
     }
 };
@@ -59,7 +59,7 @@ class BackwardPass : Pass<M, BackwardSlot, BackwardLocal> {
     static constexpr int kRow = kBlock / M::kPair;  // words of a row of probabilities
 
     explicit BackwardPass(const Call& call)
-        : Base(call, call.threads), scale_(1 / sqrtf(static_cast<float>(call.head_dim))) {
+        : Base(call), scale_(1 / sqrtf(static_cast<float>(call.head_dim))) {
         for (std::int64_t u = 0; u < this->units_; ++u) {
             const int blocks = blocks_of(this->segment(u).length, kBlock);
             queue_.set(u, repeats_ * blocks, repeats_ * blocks + blocks);
@@ -101,7 +101,8 @@ class BackwardPass : Pass<M, BackwardSlot, BackwardLocal> {
         const auto* out = this->row_of(static_cast<const void*>(call_.out), unit, first, head, heads);
         const float* const lse2 = call_.lse2 + head * call_.tokens + this->segment(unit).start + first;
         for (int r = 0; r < kBlock; ++r) {
-            block.lse2[r] = r < rows ? lse2[r] : 0;
+            block.top[r] = r < rows ? lse2[r] : 0;
+            block.sum2[r] = r < rows ? lse2[r + call_.heads * call_.tokens] : 0;
             block.delta[r] = 0;
             if (r >= rows) continue;
             __m512 sum = _mm512_setzero_ps();
@@ -183,7 +184,8 @@ class BackwardPass : Pass<M, BackwardSlot, BackwardLocal> {
         const Scores to(call_);
         for (int half = 0; half < kGroup; half += kLanes) {
             const __m512i query = _mm512_add_epi32(lane_numbers(), _mm512_set1_epi32(first_query + i + half));
-            const __m512 lse2 = _mm512_loadu_ps(block.lse2 + i + half), delta = _mm512_loadu_ps(block.delta + i + half);
+            const __m512 top = _mm512_loadu_ps(block.top + i + half), sum2 = _mm512_loadu_ps(block.sum2 + i + half);
+            const __m512 delta = _mm512_loadu_ps(block.delta + i + half);
             const std::ptrdiff_t skipped = static_cast<std::ptrdiff_t>(seen.begin - first) * kRow;
             Word* const p_rows = local.p_rows + skipped + (i + half) / M::kPair;
             Word* const ds_rows = local.ds_rows + skipped + (i + half) / M::kPair;
@@ -196,7 +198,7 @@ class BackwardPass : Pass<M, BackwardSlot, BackwardLocal> {
                         t = tanh(_mm512_mul_ps(x, to.inner));
                         x = _mm512_mul_ps(to.cap, t);
                     }
-                    p[n] = exp2<M::kDegree>(_mm512_fmsub_ps(x, to.factor, lse2));
+                    p[n] = exp2<M::kDegree>(_mm512_fmsub_ps(_mm512_sub_ps(x, top), to.factor, sum2));
                     if constexpr (edge) p[n] = _mm512_maskz_mov_ps(to.seen(query, seen.begin + j + n), p[n]);
                     const __m512 grad_p = _mm512_loadu_ps(local.grad_p + (j + n) * kGroup + half);
                     ds[n] = _mm512_mul_ps(p[n], _mm512_sub_ps(grad_p, delta));
@@ -220,7 +222,7 @@ class BackwardPass : Pass<M, BackwardSlot, BackwardLocal> {
     const float scale_;
 
 public:
-    static void run(const Call& call) { BackwardPass(call).template Base::template run<BackwardPass>(); }
+    static void run(const Call& call) { Base::template run_as<BackwardPass>(call); }
 };
 
 }  // namespace

@@ -15,6 +15,9 @@
 // a block of queries' gradient these tasks add in the order of the keys, each when it is its turn. So every sum has one
 // order and the results are the same bits for any number of threads.
 //
+// A unit's packed operands lie in a slot while it is worked on. There are threads + 1 slots, so that nobody waits for
+// one, but no more than fit in 256 MiB: a unit that large, of which there is one slot then, has tasks enough for all.
+//
 // Shapes: W words of a padded row, E its elements, in blocks of J keys and I queries.
 
 #pragma once
@@ -36,6 +39,8 @@ using megalm::attention::Queue;
 using megalm::attention::release;
 using megalm::attention::Segment;
 using megalm::attention::wait_until;
+
+constexpr std::size_t kSlotBytes = std::size_t{256} << 20;  // of all slots together, unless it is one
 
 inline int blocks_of(int length, int block) { return (length + block - 1) / block; }
 inline int lesser(int a, int b) { return a < b ? a : b; }
@@ -98,32 +103,29 @@ class Pass {
 protected:
     using Element = typename M::Element;
 
-    Pass(const Call& call, int most_threads)
+    explicit Pass(const Call& call)
         : call_(call),
           E_(padded(call.head_dim)),
           W_(E_ / M::kPair),
           repeats_(call.heads / call.kv_heads),
           sizes_{E_, W_, call.longest, repeats_},
           units_(call.segment_count * call.kv_heads),
-          threads_(most_threads),
-          slots_(static_cast<int>(units_ < most_threads + 1 ? units_ : most_threads + 1)),
-          queue_(units_, slots_) {}
+          slot_bytes_(bytes_of<Slot>(sizes_)),
+          local_bytes_(bytes_of<Local>(sizes_)),
+          slots_(slots_within(kSlotBytes / slot_bytes_)),
+          queue_(units_, slots_),
+          memory_(static_cast<char*>(allocate(slot_bytes_ * static_cast<std::size_t>(slots_) +
+                                              local_bytes_ * static_cast<std::size_t>(call.threads)))) {}
 
     ~Pass() { release(memory_); }
     Pass(const Pass&) = delete;
     Pass& operator=(const Pass&) = delete;
 
     template <class Derived>
-    void run() {
-        Layout measure;
-        Slot(measure, sizes_);
-        slot_bytes_ = measure.next();
-        Local(measure, sizes_);
-        local_bytes_ = measure.next() - slot_bytes_;
-        memory_ = static_cast<char*>(allocate(slot_bytes_ * static_cast<std::size_t>(slots_) +
-                                              local_bytes_ * static_cast<std::size_t>(threads_)));
+    static void run_as(const Call& call) {
+        Derived pass(call);
         megalm::attention::fan_out(
-            threads_, [](void* self) { static_cast<Derived*>(self)->work(); }, static_cast<Derived*>(this));
+            call.threads, [](void* self) { static_cast<Derived*>(self)->work(); }, &pass);
     }
 
     Slot slot(std::int64_t unit) const {
@@ -182,12 +184,23 @@ protected:
     const int E_, W_, repeats_;
     const Sizes sizes_;
     const std::int64_t units_;
-    const int threads_, slots_;
+    const std::size_t slot_bytes_, local_bytes_;
+    const std::int64_t slots_;
     Queue queue_;
 
 private:
-    char* memory_ = nullptr;
-    std::size_t slot_bytes_ = 0, local_bytes_ = 0;
+    template <class Part>
+    static std::size_t bytes_of(const Sizes& sizes) {
+        Layout measure;
+        Part(measure, sizes);
+        return measure.next();
+    }
+    std::int64_t slots_within(std::size_t most) const {
+        const auto wanted = units_ < call_.threads + 1 ? units_ : call_.threads + std::int64_t{1};
+        return most < 1 ? 1 : static_cast<std::size_t>(wanted) < most ? wanted : static_cast<std::int64_t>(most);
+    }
+
+    char* const memory_;
     std::atomic<int> workers_{0};
 };
 

@@ -1,5 +1,8 @@
 #include "dispatch.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -18,11 +21,18 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
+// By cpuid's bits: not every compiler's __builtin_cpu_supports knows these names.
+bool has_tiles_of_bfloat16() {
+    constexpr unsigned kTile = 1u << 24, kBfloat16 = 1u << 22;
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBfloat16);
+}
+
 // Linux lets a process use tiles once it has asked; threads and children inherit it.
 bool has_amx() {
 #if defined(__linux__)
     constexpr int kRequestPermission = 0x1023, kTileData = 18;
-    return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+    return has_avx512_bf16() && has_tiles_of_bfloat16() &&
            syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
     return false;

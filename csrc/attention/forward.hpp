@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int kQueries = 64, kKeys = 256;  // of a block
+constexpr float kBelowAll = -3.4028235e38f;  // no score is lower; finite, since -inf - -inf is NaN
 
 struct ForwardSlot {
     Word *keys, *values;  // [N][W]; each block [E][J / pair]
@@ -34,7 +35,7 @@ class ForwardPass : Pass<M, ForwardSlot, ForwardLocal> {
     using Base::call_, Base::E_, Base::W_, Base::queue_, Base::repeats_;
     friend Base;
 
-    explicit ForwardPass(const Call& call) : Base(call, call.threads) {
+    explicit ForwardPass(const Call& call) : Base(call) {
         for (std::int64_t u = 0; u < this->units_; ++u) {
             const int length = this->segment(u).length, packs = blocks_of(length, kKeys);
             queue_.set(u, packs, packs + repeats_ * blocks_of(length, kQueries));
@@ -78,7 +79,7 @@ class ForwardPass : Pass<M, ForwardSlot, ForwardLocal> {
         this->copy_rows(this->row_of(call_.q, unit, first, head, call_.heads), call_.heads, rows, local.rows);
         this->turn_groups(local.rows, rows, local.queries);
         std::memset(local.out, 0, sizeof(float) * this->sizes_.floats(kQueries));
-        for (int i = 0; i < kQueries; ++i) local.top[i] = -1e30f, local.sum[i] = 0;
+        for (int i = 0; i < kQueries; ++i) local.top[i] = kBelowAll, local.sum[i] = 0;
         const int block = greater(0, first - call_.window + 1) / kKeys;
         for (int key = block * kKeys; key < first + rows; key += kKeys) {
             for (int i = 0; i < rows; i += kGroup) {
@@ -115,12 +116,11 @@ class ForwardPass : Pass<M, ForwardSlot, ForwardLocal> {
                 if constexpr (capped || edge) _mm512_storeu_ps(scores + j * kGroup, x);
                 top = _mm512_max_ps(top, x);
             }
-            const __m512 shift = _mm512_mul_ps(top, to.factor);
             __m512 sum = _mm512_setzero_ps();
             for (int j = 0; j < seen.count(); j += 2) {
                 const __m512 x = _mm512_loadu_ps(scores + j * kGroup), y = _mm512_loadu_ps(scores + (j + 1) * kGroup);
-                const __m512 p = exp2<M::kDegree>(_mm512_fmsub_ps(x, to.factor, shift));
-                const __m512 next = exp2<M::kDegree>(_mm512_fmsub_ps(y, to.factor, shift));
+                const __m512 p = exp2<M::kDegree>(_mm512_mul_ps(_mm512_sub_ps(x, top), to.factor));
+                const __m512 next = exp2<M::kDegree>(_mm512_mul_ps(_mm512_sub_ps(y, top), to.factor));
                 sum = _mm512_add_ps(sum, _mm512_add_ps(p, next));
                 M::store_pair(local.p + j / M::kPair * kGroup + half, p, next);
             }
@@ -136,20 +136,20 @@ class ForwardPass : Pass<M, ForwardSlot, ForwardLocal> {
     }
 
     void finish(const ForwardLocal& local, std::int64_t unit, int head, int first, int i, int rows) const {
-        const float factor = _mm512_cvtss_f32(Scores(call_).factor);
         this->turn_back(local.out + i * E_, local.turned);
         float* const lse2 = call_.lse2 + head * call_.tokens + this->segment(unit).start + first + i;
         auto* out = this->row_of(call_.out, unit, first + i, head, call_.heads);
         for (int r = 0; r < rows; ++r) {
             const float sum = local.sum[i + r];
-            lse2[r] = local.top[i + r] * factor + log2f(sum);
+            lse2[r] = local.top[i + r];
+            lse2[r + call_.heads * call_.tokens] = log2f(sum);
             this->store_rows(local.turned + r * E_, 1, 1 / sum, out, call_.heads);
             out += static_cast<std::ptrdiff_t>(call_.heads) * call_.head_dim;
         }
     }
 
 public:
-    static void run(const Call& call) { ForwardPass(call).template Base::template run<ForwardPass>(); }
+    static void run(const Call& call) { Base::template run_as<ForwardPass>(call); }
 };
 
 }  // namespace

@@ -111,7 +111,7 @@ PYBIND11_MODULE(_attention, m) {
              py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("window"), py::arg("softcap"),
              py::arg("threads"));
     m.def("forward", &forward, py::arg("kernels"), py::arg("shape"), py::arg("addresses"),
-          "Of the addresses of contiguous q, k, v, writes out and lse2 (float32 [heads, tokens]).");
+          "Of the addresses of contiguous q, k, v, writes out and lse2 (float32 [2, heads, tokens]).");
     m.def("backward", &backward, py::arg("kernels"), py::arg("shape"), py::arg("addresses"),
           "Of the addresses of q, k, v, out, lse2 and grad_out, writes grad_q, grad_k and grad_v.");
 }

@@ -9,8 +9,7 @@
 
 namespace megalm::attention {
 
-// Calls body(context) on up to `threads` threads at once, of which this one is the first; on this one alone, others are
-// neither started nor woken. `body` must not throw.
+// ../threads/fan_out.hpp's.
 void fan_out(int threads, void (*body)(void*), void* context);
 
 // Memory on a cache line's boundary; throws std::bad_alloc.

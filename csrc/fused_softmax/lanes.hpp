@@ -49,10 +49,10 @@ INLINE void store(Float32* to, Lanes x, std::int64_t count) { write(to, x, count
 INLINE Lanes load(const Bfloat16* from, std::int64_t count) {
     return cast<Lanes>(__builtin_convertvector(read<Halves>(from, count), Bits) << 16);
 }
-// To the nearest, ties to even. A NaN that came from bfloat16 has no low bits that could carry into its sign.
+// To the nearest, ties to even. A NaN's low bits could carry into its sign.
 INLINE void store(Bfloat16* to, Lanes x, std::int64_t count) {
-    const Bits bits = cast<Bits>(x);
-    write(to, __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves), count);
+    const Bits bits = cast<Bits>(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    write(to, __builtin_convertvector(x == x ? rounded : Bits{} + 0x7fc0, Halves), count);
 }
 
 INLINE Lanes load(const Float16* from, std::int64_t count) {

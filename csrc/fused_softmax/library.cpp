@@ -6,8 +6,12 @@
 #include <memory>
 #include <new>
 
+#include "../threads/fan_out.hpp"
 #include "kernels.hpp"
-#include "threads.hpp"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace megalm {
 namespace {
@@ -21,7 +25,9 @@ const Kernels& kernels() {
     static const Kernels& best = []() -> const Kernels& {
         const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
         const bool old = limit && !std::strcmp(limit, "default"), avx2 = limit && !std::strcmp(limit, "avx2");
-        if (old || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return portable_kernels;
+        unsigned a, b, c = 0, d;  // not every compiler's __builtin_cpu_supports knows F16C
+        const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+        if (old || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !f16c) return portable_kernels;
         if (avx2 || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
             !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
             return avx2_kernels;
@@ -33,21 +39,31 @@ const Kernels& kernels() {
 #endif
 }
 
+// Rows in pieces of `height`: whichever thread is free takes the next, so these may differ in work.
+template <class Call>
+struct Work {
+    Kernel<Call> kernel;
+    const Call& call;
+    std::int64_t rows, height;
+    std::atomic<std::int64_t> next{0};
+
+    static void run(void* self) {
+        auto& work = *static_cast<Work*>(self);
+        const std::unique_ptr<float[]> memory(new (std::nothrow) float[work.call.scratch_floats() + PADDING]);
+        if (!memory) return;  // threads that have some do all of the work
+        const auto address = reinterpret_cast<std::uintptr_t>(memory.get());
+        float* scratch = memory.get() + (64 - address % 64) % 64 / sizeof(float);
+        for (std::int64_t first; (first = work.next.fetch_add(work.height, std::memory_order_relaxed)) < work.rows;)
+            work.kernel(work.call, first, std::min(work.rows, first + work.height), scratch);
+    }
+};
+
 template <class Call>
 int run(Kernel<Call> kernel, const Call& call, std::int64_t rows, std::int64_t columns, std::intptr_t threads) {
     const std::int64_t height = std::max<std::int64_t>(1, PIECE / std::max<std::int64_t>(1, columns));
-    std::atomic<bool> failed{false};
-    in_pieces((rows + height - 1) / height, threads, [&](std::int64_t piece) {
-        const std::unique_ptr<float[]> memory(new (std::nothrow) float[call.scratch_floats() + PADDING]);
-        if (!memory) {
-            failed = true;
-            return;
-        }
-        const auto address = reinterpret_cast<std::uintptr_t>(memory.get());
-        float* scratch = memory.get() + (64 - address % 64) % 64 / sizeof(float);
-        kernel(call, piece * height, std::min(rows, (piece + 1) * height), scratch);
-    });
-    return failed ? INVALID : 0;
+    Work<Call> work{kernel, call, rows, height};
+    fan_out(static_cast<unsigned>(std::min<std::int64_t>((rows + height - 1) / height, threads)), Work<Call>::run, &work);
+    return work.next < rows ? INVALID : 0;
 }
 
 bool is_known(int dtype) { return dtype == FLOAT32 || dtype == FLOAT16 || dtype == BFLOAT16; }
@@ -58,6 +74,8 @@ bool is_known(int dtype) { return dtype == FLOAT32 || dtype == FLOAT16 || dtype 
 using namespace megalm;
 
 MEGALM_EXPORT const char* megalm_instruction_set() { return kernels().name; }
+
+std::int64_t megalm_mask_bytes() { return sizeof(Mask); }
 
 int megalm_softmax_forward(const Mask* mask, int dtype, const void* scores, void* probabilities, float* lse,
                            float* largest, float* entropy, std::intptr_t executor) {

@@ -48,7 +48,7 @@ struct Mask {
         const std::int64_t query = row % queries, key = query + keys - queries;  // the key that the query stands at
         Range range{0, keys};
         if (causal && key + 1 < range.end) range.end = key + 1 < 0 ? 0 : key + 1;
-        if (window && key - window + 1 > range.begin) range.begin = key - window + 1;
+        if (window && key >= window) range.begin = key - window + 1;
         if (first_key) {
             const std::int64_t first = first_key[row / (heads * queries) * queries + query];
             if (first > range.begin) range.begin = first;

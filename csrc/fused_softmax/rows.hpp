@@ -81,8 +81,9 @@ void softmax_forward(const SoftmaxForward& call, std::int64_t first, std::int64_
             Lanes sums{}, weighted{};  // of e^(s - top), and of it times (s - top)
             if (call.entropy)
                 each(n, BODY(i, count) {
-                    // A tail's lanes are -infinity already; 0 * -infinity would be NaN.
-                    const Lanes x = larger(read<Lanes>(scratch + i, WIDTH) - top, all(-100.0f)), e = exp(x);
+                    // 0 * -infinity, as a tail's lanes are, would be NaN; what is NaN already stays.
+                    const Lanes d = read<Lanes>(scratch + i, WIDTH) - top;
+                    const Lanes x = d < -100.0f ? all(-100.0f) : d, e = exp(x);
                     sums += e, weighted += e * x;
                     write(scratch + i, e, WIDTH);
                     (void)count;
@@ -96,7 +97,7 @@ void softmax_forward(const SoftmaxForward& call, std::int64_t first, std::int64_
                 });
             const float sink_share = mask.sinks ? exp(all(sink - top))[0] : 0;
             sum = sum_of(sums) + sink_share;
-            if (sum != sum) largest = sum;
+            if (sum != sum && top < __builtin_inff()) largest = sum;  // a NaN, which maxima pass over
             const float inverse = 1 / sum, log_sum = __builtin_logf(sum);
             lse = top + log_sum;
             entropy = log_sum - (sum_of(weighted) + (sink_share > 0 ? sink_share * (sink - top) : 0)) * inverse;

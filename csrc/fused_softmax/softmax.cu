@@ -78,7 +78,7 @@ struct Statistics {
     // d exp(d) over the keys; so the entropy, - sum of p log p, is log(sum) - weighted / sum.
     __device__ void write(std::int64_t row, float most, float base, float sum, float weighted, float sink) const {
         if (lse) lse[row] = sum == 0.0f ? -INFINITY : base + logf(sum);
-        if (largest) largest[row] = most;
+        if (largest) largest[row] = sum == sum || base == INFINITY ? most : sum;  // a NaN, which maxima pass over
         if (!entropy) return;
         if (sink != -INFINITY) weighted += expf(sink - base) * (sink - base);
         entropy[row] = sum == 0.0f ? 0.0f : logf(sum) - weighted / sum;
@@ -333,6 +333,8 @@ int backward(const Mask& mask, const Gradients<T>& gradients, std::intptr_t exec
 
 }  // namespace
 }  // namespace megalm
+
+std::int64_t megalm_mask_bytes() { return sizeof(megalm::Mask); }
 
 int megalm_kernel_image() {
     cudaFuncAttributes attributes;

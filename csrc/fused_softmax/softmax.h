@@ -15,6 +15,9 @@ enum Dtype : int { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 enum : int { INVALID = -1 };
 }  // namespace megalm
 
+// The size of `Mask`, by which who fills it in knows that both mean the same fields.
+MEGALM_EXPORT std::int64_t megalm_mask_bytes();
+
 // In CUDA alone: 0 if the kernels were built for the GPU at hand, else CUDA's code.
 MEGALM_EXPORT int megalm_kernel_image();
 

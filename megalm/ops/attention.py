@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from megalm.ops.cpu_attention import kernels_for
+from megalm.ops.softmax import limits
 
 BLOCK = 128  # query rows a block: small enough to skip most of the upper triangle, large enough for the matrix units
 SCORES = 1 << 20  # scores of a block that are alive at once, where several segments go together: they stay in the cache
@@ -70,13 +71,13 @@ def attention(
     `window`: how many tokens a token sees, itself included. `softcap`: scores become `cap * tanh(score / cap)`.
     Scores are scaled by `1 / sqrt(E)`. Returns o_THE.
     """
+    limit = limits(window, softcap)
     if softcap is None and _flash_can(q_THE):
         return _flash_attention(q_THE, k_TKE, v_TKE, segments, window)
     kernels = kernels_for(q_THE.dtype, q_THE.shape[-1]) if q_THE.device.type == "cpu" else None
     if kernels is not None:
-        options = (segments.ends, window or 0, softcap or 0.0, kernels)
-        return torch.ops.megalm.cpu_attention(q_THE, k_TKE, v_TKE, *options)[0]
-    return torch.ops.megalm.blocked_attention(q_THE, k_TKE, v_TKE, segments.ends, window or 0, softcap or 0.0)
+        return torch.ops.megalm.cpu_attention(q_THE, k_TKE, v_TKE, segments.ends, *limit, kernels)[0]
+    return torch.ops.megalm.blocked_attention(q_THE, k_TKE, v_TKE, segments.ends, *limit)
 
 
 def kernels_in_use(device: torch.device) -> str:
@@ -225,7 +226,7 @@ def runs(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Iterator[tuple[slice,
 
 @torch.library.custom_op("megalm::blocked_attention", mutates_args=())
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, window: int, softcap: float) -> Tensor:
-    """`attention` by batched matmuls over blocks of query rows; `window` and `softcap` are 0 for none."""
+    """`attention` by batched matmuls over blocks of query rows, within `limits`."""
     out_THE = torch.empty_like(q)
     for tokens, count, q_BRNE, k_BNE, v_BNE in runs(q, k, v, segments):
         out_BRNE = _attend(q_BRNE, k_BNE, v_BNE, window, softcap)
@@ -239,7 +240,7 @@ def attention_to_cache(
     """`attention` of the last I tokens of one document to all J of its keys, for generation. Returns o_IHE."""
     kv_heads = k_JKE.shape[1]
     q_BRIE, k_BJE, v_BJE = by_group(q_IHE, 1, kv_heads), by_head(k_JKE, 1), by_head(v_JKE, 1)
-    return by_token(_attend(q_BRIE, k_BJE, v_BJE, window or 0, softcap or 0.0), 1)[0]
+    return by_token(_attend(q_BRIE, k_BJE, v_BJE, *limits(window, softcap)), 1)[0]
 
 
 @torch.library.custom_op("megalm::blocked_attention_backward", mutates_args=())

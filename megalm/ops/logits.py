@@ -24,6 +24,7 @@ def logit_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(largest, exponentials, target, sum), float32 or wider [C]: sum of exp(z - largest); the target's z, 0 where the
     target is none of these logits; sum of all z, empty unless wanted. A softcap of 0 is none."""
+    _refuse_unlike(logits_CV, targets_C)
     if native.library_for(logits_CV) is None:
         return _reference_statistics(logits_CV, targets_C, softcap, wants_sum)
     logits_CV = logits_CV.contiguous()
@@ -46,10 +47,12 @@ def logit_gradient_(
     spread: float,
 ) -> None:
     """Writes the gradient over the contiguous logits; rows of weight 0 become zeros."""
+    _refuse_unlike(logits_CV, targets_C, lse_C, weight_C)
     if native.library_for(logits_CV) is None:
         logits_CV.copy_(_reference_gradient(logits_CV, targets_C, lse_C, weight_C, softcap, z_loss, hit, spread))
         return
-    assert logits_CV.is_contiguous(), "they are overwritten"
+    if not logits_CV.is_contiguous():
+        raise ValueError(f"logits of {tuple(logits_CV.shape)} are overwritten, so they have to be contiguous")
     lse_C, weight_C, targets_C = lse_C.contiguous(), weight_C.contiguous(), targets_C.contiguous()
     if len(logits_CV):
         native.call(
@@ -66,6 +69,18 @@ def _(logits_CV: Tensor, targets_C: Tensor, softcap: float, wants_sum: bool) -> 
 @logit_gradient_.register_fake
 def _(logits_CV, targets_C, lse_C, weight_C, softcap, z_loss, hit, spread) -> None:  # type: ignore[no-untyped-def]
     return None
+
+
+def _refuse_unlike(logits_CV: Tensor, targets_C: Tensor, *rows_C: Tensor) -> None:
+    """Raises ValueError where the kernels, which see addresses alone, would read something else."""
+    if logits_CV.ndim != 2:
+        raise ValueError(f"logits are {tuple(logits_CV.shape)}, not [C, V]")
+    wide = native.wide(logits_CV)
+    for x, dtype in ((targets_C, torch.int64), *((x, wide) for x in rows_C)):
+        if x.shape != logits_CV.shape[:1] or x.dtype != dtype or x.device != logits_CV.device:
+            name = "targets" if x is targets_C else "lse or weight"
+            wanted = f"{dtype} on {logits_CV.device}"
+            raise ValueError(f"{name} is {tuple(x.shape)} of {x.dtype} on {x.device}, not {len(logits_CV)} of {wanted}")
 
 
 def _rows(logits_CV: Tensor, wants_sum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

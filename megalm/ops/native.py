@@ -58,7 +58,7 @@ SIGNATURES: dict[str, list[Any]] = {  # the mask's pointer is the first of a sof
 
 @functools.cache
 def library(kind: Literal["cpu", "cuda"]) -> ctypes.CDLL | None:
-    """The library, or None where it was not built or lacks what it was linked with."""
+    """The library, or None where it was not built, lacks what it was linked with, or is of other sources."""
     files = sorted(Path(__file__).parents[1].glob(f"_fused_softmax_{kind}*.so"))
     if not files:
         return None
@@ -66,7 +66,19 @@ def library(kind: Literal["cpu", "cuda"]) -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(files[0]))
     except OSError:
         return None
+    if not has_layout(found):
+        logger.warning("%s is of other sources, so torch computes in its place: install megalm again", files[0])
+        return None
     return bind(found)
+
+
+def has_layout(found: ctypes.CDLL) -> bool:
+    """Whether it means by `Mask` what is written here."""
+    size = getattr(found, "megalm_mask_bytes", None)
+    if size is None:
+        return False
+    size.restype = Long
+    return bool(size() == ctypes.sizeof(Mask))
 
 
 def bind(found: ctypes.CDLL) -> ctypes.CDLL:

@@ -6,7 +6,7 @@
 What a query cannot see by arithmetic (causal order, window, the start of its document) is neither read nor computed; a
 row that sees nothing gives zeros. A sink (arXiv 2309.17453, in the form of gpt-oss, arXiv 2508.10925) is a logit a head
 that takes its share and attends to nothing. `reference_softmax` is the definition; it also computes where no native
-kernel does (`megalm.ops.native`).
+kernel does (`megalm.ops.native`). A sink is finite, or minus infinity, which is none.
 
 Shapes: B batch, H heads, Q queries, K keys.
 """
@@ -57,8 +57,32 @@ def first_keys(ends: Tensor, batch: int) -> Tensor:
     return (starts - rows).clamp(min=0).to(torch.int32)
 
 
+def limits(window: int | None, softcap: float | None) -> tuple[int, float]:
+    """Both as the operators of `megalm::` take them, to which 0 is none. Raises ValueError for what neither can be."""
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} is no number of tokens, of which each sees itself: give 1 or more, or None")
+    if softcap is not None and not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap={softcap} bounds no score: give a number above 0, or None")
+    return window or 0, softcap or 0.0
+
+
+def sinks_of(sinks_H: Tensor | None, heads: int, device: torch.device) -> Tensor | None:
+    """The same sinks. Raises ValueError if they are not one for each head, where the scores are."""
+    if sinks_H is not None:
+        _refuse_unlike("sinks_H", sinks_H, (heads,), (torch.float32, torch.float64, *native.DTYPES), device)
+    return sinks_H
+
+
+def _refuse_unlike(
+    name: str, x: Tensor, shape: tuple[int, ...] | None, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if x.dtype not in dtypes or shape not in (None, x.shape) or x.device != device:
+        wanted = f"{dtypes[0]} on {device}" if shape is None else f"{shape} of {dtypes[0]} on {device}"
+        raise ValueError(f"{name} is {tuple(x.shape)} of {x.dtype} on {x.device}, not {wanted}")
+
+
 class Settings(NamedTuple):
-    """All that the kernels are told besides the scores, as the operators take it; window and softcap 0: none."""
+    """All that the kernels are told besides the scores, as the operators take it."""
 
     first_key: Tensor | None = None
     padding: Tensor | None = None
@@ -75,19 +99,18 @@ class Settings(NamedTuple):
     ) -> Settings:
         B, H, Q, K = scores.shape
         first_key, padding, allowed = visible.first_key_BQ, visible.padding_BK, visible.allowed
-        for name, tensor, shape, types in (
-            ("first_key_BQ", first_key, (B, Q), (torch.int32,)),
-            ("padding_BK", padding, (B, K), (torch.bool,)),
-            ("sinks_H", sinks_H, (H,), (torch.float32, torch.float64)),
-            ("allowed", allowed, None, (torch.bool,)),
+        for name, tensor, shape, dtype in (
+            ("first_key_BQ", first_key, (B, Q), torch.int32),
+            ("padding_BK", padding, (B, K), torch.bool),
+            ("allowed", allowed, None, torch.bool),
         ):
-            if tensor is None:
-                continue
-            if tensor.dtype not in types or shape not in (None, tensor.shape):
-                raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, not {shape} of {types[0]}")
+            if tensor is not None:
+                _refuse_unlike(name, tensor, shape, (dtype,), scores.device)
+        sinks = sinks_of(sinks_H, H, scores.device)
         if allowed is not None:
             allowed = allowed.expand(*allowed.shape[:-1], K).expand(B, H, Q, K)
-        return cls(first_key, padding, allowed, sinks_H, visible.causal, visible.window or 0, scale, softcap or 0.0)
+        window, softcap = limits(visible.window, softcap)
+        return cls(first_key, padding, allowed, sinks, visible.causal, window, scale, softcap)
 
 
 def fused_softmax(
@@ -319,7 +342,8 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad: Tensor, *_):  # type: ignore[no-untyped-def]
     *saved, sinks = ctx.saved_tensors
-    if ctx.overwrites_gradient and grad.is_contiguous():
+    # What is to be differentiated once more has to be there still.
+    if ctx.overwrites_gradient and grad.is_contiguous() and not torch.is_grad_enabled():
         grad_sink = torch.ops.megalm.fused_softmax_backward_(grad, *saved, sinks, *ctx.numbers)
     else:
         grad, grad_sink = torch.ops.megalm.fused_softmax_backward(grad, *saved, sinks, *ctx.numbers)

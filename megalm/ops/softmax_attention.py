@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megalm.ops import softmax
 from megalm.ops.attention import Segments, blocks, by_group, by_head, by_token, runs
-from megalm.ops.softmax import Settings, Statistics
+from megalm.ops.softmax import Settings, Statistics, limits, sinks_of
 
 
 def softmax_attention(
@@ -31,7 +31,7 @@ def softmax_attention(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """`attention` with a sink for each head. Returns o_THE."""
-    options = (segments.ends, sinks_H, window or 0, softcap or 0.0, False)
+    options = (segments.ends, sinks_of(sinks_H, q_THE.shape[1], q_THE.device), *limits(window, softcap), False)
     return torch.ops.megalm.softmax_attention(q_THE, k_TKE, v_TKE, *options)[0]
 
 
@@ -46,7 +46,7 @@ def softmax_attention_with_statistics(
 ) -> tuple[Tensor, Statistics]:
     """`softmax_attention`, and each head's largest score and mean entropy over the tokens, [H]: a score that grows, or
     an entropy that falls to 0, announces a loss that diverges (arXiv 2303.06296)."""
-    options = (segments.ends, sinks_H, window or 0, softcap or 0.0, True)
+    options = (segments.ends, sinks_of(sinks_H, q_THE.shape[1], q_THE.device), *limits(window, softcap), True)
     out_THE, largest_TH, entropy_TH = torch.ops.megalm.softmax_attention(q_THE, k_TKE, v_TKE, *options)
     return out_THE, Statistics(largest_TH.detach().amax(0), entropy_TH.detach().mean(0))
 
@@ -62,7 +62,7 @@ def softmax_attention_to_cache(
     """`softmax_attention` of the last I tokens of one document to all J of its keys, for generation. Returns o_IHE."""
     kv_heads = k_JKE.shape[1]
     q_BRIE, k_BJE, v_BJE = by_group(q_IHE, 1, kv_heads), by_head(k_JKE, 1), by_head(v_JKE, 1)
-    settings = _settings(q_IHE, sinks_H, window or 0, softcap or 0.0)
+    settings = _settings(q_IHE, sinks_of(sinks_H, q_IHE.shape[1], q_IHE.device), *limits(window, softcap))
     out_BRIE, _, _ = _attend(q_BRIE, k_BJE, v_BJE, 1, settings, False)
     return by_token(out_BRIE, 1)[0]
 

@@ -19,11 +19,13 @@ ROOT = Path(__file__).parents[2]
 NO_DRIVER, NO_DEVICE = 35, 100
 
 
-def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def setup(*arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    """With the environment so changed; None: not set."""
+    changed = {**os.environ, **environment}
     return subprocess.run(
         [sys.executable, "setup.py", *arguments],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={name: value for name, value in changed.items() if value is not None},
         capture_output=True,
         text=True,
         timeout=280,
@@ -61,6 +63,21 @@ def test_architectures_that_are_none_are_refused() -> None:
     done = setup("--name", MEGALM_CUDA_ARCHS="hopper")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("MEGALM_CUDA_ARCHS=hopper: give compute capabilities such as 80;90")
+
+
+def test_architectures_that_nvcc_does_not_compile_for_are_refused_and_not_taken_from_a_gpu(tmp_path: Path) -> None:
+    compiler()
+    done = setup("--name", MEGALM_CUDA_ARCHS="20;80")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("MEGALM_CUDA_ARCHS=20;80: this nvcc compiles for ")
+    gpu = tmp_path / "nvidia-smi"
+    gpu.write_text("#!/bin/sh\necho 2.0\n")
+    gpu.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = setup("--name", MEGALM_CUDA_ARCHS=None, PATH=path)
+    assert done.returncode == 0, done.stderr
+    reason = "nvcc does not compile for this machine's GPUs"
+    assert done.stdout.splitlines() == [f"megalm: built without CUDA kernels ({reason})", "megalm"]
 
 
 def test_an_installed_library_loads_without_a_gpu_and_says_that_there_is_none() -> None:

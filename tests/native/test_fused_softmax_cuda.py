@@ -245,9 +245,11 @@ def test_a_nan_is_not_hidden(device: str) -> None:
     for keys in (50, 2100):
         scores = random(1, 1, 3, keys, seed=1)
         scores[0, 0, 1, keys - 3] = math.nan
-        p = run(device, scores, torch.ones_like(scores), Settings()).probabilities
-        assert p[0, 0, 1].isnan().all()
-        assert not p[0, 0, [0, 2]].isnan().any()
+        results = run(device, scores, torch.ones_like(scores), Settings())
+        for x in (results.probabilities, results.lse, results.largest, results.entropy):
+            x = x.view(3, -1)
+            assert x[1].isnan().all()
+            assert not x[[0, 2]].isnan().any()
 
 
 def test_no_rows_and_no_keys_are_no_error(device: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +18,8 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from megalm import _attention
 from megalm.model.transformer import selective_contexts
 from megalm.ops import attention as choice
-from megalm.ops.attention import Segments, attention, reference_attention
-from megalm.ops.cpu_attention import kernels_for
+from megalm.ops.attention import Segments, attention, attention_to_cache, reference_attention
+from megalm.ops.cpu_attention import cpu_attention, kernels_for
 
 KERNELS = [(name, torch.float32) for name in _attention.kernels(bfloat16=False)]
 KERNELS += [(name, torch.bfloat16) for name in _attention.kernels(bfloat16=True)]
@@ -48,11 +51,20 @@ def native(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, ends: Tensor, *args: o
     return [out, *torch.autograd.grad(out, inputs, grad)]
 
 
-def wanted(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, ends: Tensor, window: int, softcap: float) -> list[Tensor]:
-    inputs = [x.double().requires_grad_() for x in (q, k, v)]
+def wanted(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    ends: Tensor,
+    window: int,
+    softcap: float,
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     segments = Segments.of(ends, torch.device("cpu"))
     out = reference_attention(*inputs, segments, window or None, softcap or None)
-    return [out, *torch.autograd.grad(out, inputs, grad.double())]
+    return [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
 
 def assert_close(ours: list[Tensor], reference: list[Tensor], dtype: torch.dtype) -> None:
@@ -92,6 +104,37 @@ def test_long_and_uneven_documents_and_scores_far_apart(kernels: str, dtype: tor
     assert_close(native(*x, *CASES[case], kernels), wanted(*x, *CASES[case]), dtype)
 
 
+@pytest.mark.parametrize("spread", [1e2, 1e3, 1e4, 1e5])
+def test_large_scores_cost_no_more_digits_than_in_dense_float32(spread: float) -> None:
+    kernels = kernels_for(torch.float32, 64)
+    if kernels is None:
+        pytest.skip("no kernels of float32")
+    x = (*tensors(300, 2, 1, 64, torch.float32, spread=spread), ends_of([300]))
+    right = wanted(*x, 0, 0.0)
+    errors = [
+        [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, right, strict=True)]
+        for found in (native(*x, 0, 0.0, kernels), wanted(*x, 0, 0.0, torch.float32))
+    ]
+    # A gradient of q and k is, where one score outweighs all others, a difference of equal numbers.
+    compared = (0, 1, 2, 3) if spread <= 1e3 else (0, 3)
+    for i in compared:
+        assert errors[0][i] < 2 * errors[1][i] + 1e-6
+
+
+def test_equal_scores_of_any_size_are_told_from_none() -> None:
+    kernels = kernels_for(torch.float32, 16)
+    if kernels is None:
+        pytest.skip("no kernels of float32")
+    for size in (1e5, 1e15, 1e30, -1e15, -1e30):
+        q, k, v, grad = tensors(300, 1, 1, 16, torch.float32)
+        q, k = torch.full_like(q, abs(size) ** 0.5), torch.full_like(k, math.copysign(abs(size) ** 0.5, size))
+        out, _, _, grad_v = native(q, k, v, grad, ends_of([300]), 0, 0.0, kernels)
+        mean = v.double().cumsum(0) / torch.arange(1, 301)[:, None, None]
+        torch.testing.assert_close(out.double(), mean, rtol=1e-5, atol=1e-5)
+        shares = grad.double() / torch.arange(1, 301)[:, None, None]
+        torch.testing.assert_close(grad_v.double(), shares.flip(0).cumsum(0).flip(0), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.full
 @each_kernel
 @pytest.mark.parametrize("case", CASES)
@@ -115,7 +158,9 @@ def test_the_sum_of_exponentials_is_that_of_the_scores(kernels: str, dtype: torc
     _, lse2 = torch.ops.megalm.cpu_attention(q, k, v, ends_of([50]), 0, 0.0, kernels)
     scores = q[:, 0].double() @ k[:, 0].double().T / math.sqrt(32)
     natural = scores.masked_fill(~torch.ones(50, 50).tril().bool(), -math.inf).logsumexp(-1)
-    torch.testing.assert_close(lse2[0].double() * math.log(2), natural, rtol=0, atol=TOLERANCE[dtype] / 3)
+    largest, sum2 = lse2[:, 0].double()
+    ours = largest / math.sqrt(32) + sum2 * math.log(2)
+    torch.testing.assert_close(ours, natural, rtol=0, atol=TOLERANCE[dtype] / 3)
 
 
 @each_kernel
@@ -248,6 +293,81 @@ def test_shapes_that_cannot_be_are_refused(wrong: dict[str, object], reason: str
     sizes = {"ends": [0, 5], "heads": 4, "kv_heads": 2, "head_dim": 32, "window": 5, "softcap": 0.0, "threads": 1}
     with pytest.raises(ValueError, match=reason):
         _attention.Shape(**{**sizes, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"q": (50, 4)}, "not \\[T, H, E\\]"),
+        ({"k": (30, 2, 32)}, "not \\[T, H, E\\]"),
+        ({"k": (50, 2, 16)}, "not \\[T, H, E\\]"),
+        ({"v": (50, 1, 32)}, "not \\[T, H, E\\]"),
+        ({"q": (50, 3, 32)}, "multiple of kv_heads"),
+        ({"v": torch.bfloat16}, "does not take"),
+        ({"q": torch.float64, "k": torch.float64, "v": torch.float64}, "does not take"),
+        ({"ends": [0, 20]}, "segments end at 20, and there are 50 tokens"),
+        ({"ends": [0, 60]}, "segments end at 60, and there are 50 tokens"),
+        ({"ends": [0, 60, 50]}, "ends must rise"),
+        ({"ends": [5, 50]}, "ends must start with 0"),
+    ],
+)
+def test_tensors_that_do_not_fit_together_are_refused(wrong: dict[str, Any], reason: str) -> None:
+    name, dtype = KERNELS[0]
+    given = {"q": (50, 4, 32), "k": (50, 2, 32), "v": (50, 2, 32), "ends": [0, 20, 50]}
+    tensors = []
+    for key in ("q", "k", "v"):
+        change = wrong.get(key)
+        shape = change if isinstance(change, tuple) else given[key]
+        tensors.append(torch.zeros(shape, dtype=change if isinstance(change, torch.dtype) else dtype))
+    arguments = (torch.tensor(wrong.get("ends", given["ends"])), 0, 0.0, name)
+    with pytest.raises(ValueError, match=reason):
+        cpu_attention(*tensors, *arguments)
+
+
+@each_kernel
+def test_a_gradient_unlike_the_output_is_refused(kernels: str, dtype: torch.dtype) -> None:
+    q, k, v, grad = tensors(20, 4, 2, 32, dtype)
+    out, lse2 = torch.ops.megalm.cpu_attention(q, k, v, ends_of([20]), 0, 0.0, kernels)
+    for wrong in (grad[:19], grad[:, :2], grad.double()):
+        with pytest.raises(ValueError, match="grad_out is"):
+            torch.ops.megalm.cpu_attention_backward(wrong, q, k, v, ends_of([20]), out, lse2, 0, 0.0, kernels)
+    with pytest.raises(ValueError, match="lse2 is"):
+        torch.ops.megalm.cpu_attention_backward(grad, q, k, v, ends_of([20]), out, lse2[0], 0, 0.0, kernels)
+
+
+def test_windows_and_soft_caps_that_can_be_none_are_refused() -> None:
+    q, k, v, _ = tensors(20, 4, 2, 32, torch.float32)
+    segments = Segments.of(ends_of([20]), torch.device("cpu"))
+    for function, arguments in ((attention, (q, k, v, segments)), (attention_to_cache, (q, k, v))):
+        for window in (0, -1):
+            with pytest.raises(ValueError, match=f"window={window} is no number of tokens"):
+                function(*arguments, window=window)
+        with pytest.raises(ValueError, match=r"softcap=-2\.0 bounds no score"):
+            function(*arguments, softcap=-2.0)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory from /proc")
+def test_operands_of_many_segments_take_no_more_memory_than_their_bound() -> None:
+    """A segment's operands are 10 MiB here, and 64 threads would prepare 65 of them."""
+    program = """
+import torch
+from megalm.ops.cpu_attention import KERNELS, cpu_attention
+torch.set_num_threads(64)
+q, k, v = (torch.zeros(4096, heads, 16, requires_grad=True) for heads in (66 * 4, 66, 66))
+out = cpu_attention(q, k, v, torch.tensor([0, 4096]), 1, 0.0, KERNELS[torch.float32][0])[0]
+grad = torch.zeros_like(out)
+def peak(name):
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(name)) / 1024
+before = peak('VmRSS')
+torch.autograd.grad(out, (q, k, v), grad)
+print(peak('VmHWM') - before)
+"""
+    if kernels_for(torch.float32, 16) is None:
+        pytest.skip("no kernels of float32")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=280, check=True)
+    gradients, slots, threads = 4096 * 66 * 6 * 16 * 4 / 2**20, 256, 64 * 0.4
+    assert float(done.stdout) < gradients + slots + threads + 60
 
 
 def test_unknown_kernels_and_missing_addresses_are_refused() -> None:

@@ -44,8 +44,10 @@ def visibilities(draw: st.DrawFn, B: int, H: int, Q: int, K: int) -> Visibility:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Tensor, Visibility, float | None, Tensor | None]:
-    B, H, Q, K = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(LENGTHS)
+def cases(
+    draw: st.DrawFn, lengths: st.SearchStrategy[int] = LENGTHS
+) -> tuple[Tensor, Visibility, float | None, Tensor | None]:
+    B, H, Q, K = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(lengths)
     scores = 4 * noise(B, H, Q, K, seed=K)
     if draw(st.booleans()):  # rows that are not neighbours in memory
         scores = scores.transpose(0, 2).contiguous().transpose(0, 2)
@@ -76,6 +78,16 @@ def distance(ours: Tensor, wanted: Tensor, size: float = 1e-2) -> float:
 @example((noise(1, 2, 9, 4), Visibility(causal=True), None, noise(2)), torch.bfloat16)
 @example((4 * noise(1, 1, 1, 10, seed=10), Visibility(causal=False, window=2), None, None), torch.float32)
 def test_every_mask_gives_what_the_definition_gives_in_float64(case, dtype: torch.dtype) -> None:
+    check_against_the_definition(case, dtype)
+
+
+@settings(max_examples=12, deadline=None)
+@given(case=cases(st.integers(201, 20_000)), dtype=st.sampled_from(list(TYPES)))
+def test_long_rows_do_too(case, dtype: torch.dtype) -> None:
+    check_against_the_definition(case, dtype)
+
+
+def check_against_the_definition(case, dtype: torch.dtype) -> None:
     scores, visible, softcap, sinks = case
     scores = scores.to(dtype)
     narrow = None if sinks is None else sinks.float()
@@ -151,6 +163,35 @@ def test_what_does_not_fit_the_scores_is_refused() -> None:
         fused_softmax(scores, Visibility(first_key_BQ=torch.zeros(2, 3, dtype=torch.int64)))
 
 
+def test_sinks_windows_and_soft_caps_that_cannot_be_are_refused() -> None:
+    scores = torch.zeros(2, 4, 3, 4)
+    for sinks in (torch.zeros(2), torch.zeros(4, dtype=torch.int64), torch.zeros(4, device="meta")):
+        with pytest.raises(ValueError, match="sinks_H is"):
+            fused_softmax(scores, sinks_H=sinks)
+    for window in (0, -1):
+        with pytest.raises(ValueError, match=f"window={window} is no number of tokens"):
+            fused_softmax(scores, Visibility(window=window))
+    for softcap in (-3.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="bounds no score"):
+            fused_softmax(scores, softcap=softcap)
+
+
+def test_the_widest_window_hides_nothing() -> None:
+    scores = noise(1, 2, 7, 3).float()  # of queries that stand before the first key, too
+    for causal in (False, True):
+        wide = fused_softmax(scores, Visibility(causal, window=2**63 - 1))
+        assert torch.equal(wide, fused_softmax(scores, Visibility(causal)))
+
+
+def test_second_derivatives_are_refused_and_never_wrong() -> None:
+    scores = noise(1, 1, 3, 5).float().requires_grad_()
+    for overwrites in (False, True):
+        p = fused_softmax(scores, overwrites_gradient=overwrites)
+        (gradient,) = torch.autograd.grad(p.square().sum(), scores, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+            torch.autograd.grad(gradient.square().sum(), scores)
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)])
 def test_empty_scores_give_empty_probabilities(shape: tuple[int, ...]) -> None:
     scores = torch.zeros(shape).requires_grad_()
@@ -169,8 +210,17 @@ def test_the_operators_are_registered_soundly(dtype: torch.dtype) -> None:
 
 
 def check_all_types() -> None:
-    """A masked case in each type, forward and backward, and each of the 65,536 numbers of float16."""
+    """A masked case in each type, forward and backward, what is not a number, and the 65,536 numbers of float16."""
     for dtype, tolerance in TYPES.items():
+        for place, keys in ((0, 3), (5, 20), (39, 40)):
+            scores = noise(1, 1, 2, keys).to(dtype)
+            scores[0, 0, 0, place] = torch.nan
+            p, statistics = softmax_with_statistics(scores)
+            for x in (p, *statistics):
+                assert x[0, 0, 0].isnan().all()
+                assert x[0, 0, 1].isfinite().all()
+        every_bit = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # rounded up, it would be -0
+        assert fused_softmax(scores, sinks_H=every_bit).isnan().all()
         for softcap in (None, 3.0):
             scores = (6 * noise(2, 2, 3, 75)).to(dtype)
             scores[0, 0, 0, :4] = torch.tensor([6e4, -6e4, 1e-7, 0])

@@ -63,6 +63,27 @@ def test_a_broken_logit_breaks_its_row_and_no_other(dtype: torch.dtype) -> None:
     assert (largest + exponentials.log()).isnan().tolist() == [True, False, True, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_targets_and_rows_that_do_not_fit_the_logits_are_refused(dtype: torch.dtype) -> None:
+    logits, targets = torch.zeros(4, 10, dtype=dtype), torch.tensor([1, 2, 3, 4])
+    row = torch.ones(4, dtype=torch.promote_types(dtype, torch.float32))
+    other = torch.float32 if dtype == torch.float64 else torch.float64
+    for wrong in (targets.int(), targets[:1]):
+        with pytest.raises(ValueError, match="targets is"):
+            logit_statistics(logits, wrong, 0.0, False)
+        with pytest.raises(ValueError, match="targets is"):
+            logit_gradient_(logits, wrong, row, row, 0.0, 0.0, 1.0, 0.0)
+    for lse, weight in ((row.to(other), row), (row, row.to(other)), (row[:3], row), (row, row[:3])):
+        with pytest.raises(ValueError, match="lse or weight is"):
+            logit_gradient_(logits, targets, lse, weight, 0.0, 0.0, 1.0, 0.0)
+
+
+def test_logits_that_cannot_be_overwritten_are_refused() -> None:
+    logits, row = torch.zeros(10, 4).t(), torch.ones(4)
+    with pytest.raises(ValueError, match="have to be contiguous"):
+        logit_gradient_(logits, torch.zeros(4, dtype=torch.int64), row, row, 0.0, 0.0, 1.0, 0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_operators_are_registered_soundly(dtype: torch.dtype) -> None:
     logits, targets = torch.randn(3, 7, dtype=dtype), torch.tensor([0, 6, 9])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megalm.ops import native
+from megalm.ops.softmax import fused_softmax
 
 NO_IMAGE = 209  # CUDA's code of a device that a kernel was not built for
 
@@ -26,6 +27,25 @@ def test_a_gpu_for_which_the_kernels_were_not_built_is_left_to_torch(
     native.has_image.cache_clear()
     assert len(caplog.messages) == (error != 0), "said once"
     assert all("MEGALM_CUDA_ARCHS" in message for message in caplog.messages)
+
+
+def test_a_library_of_other_sources_is_left_alone_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if native.library("cpu") is None:
+        pytest.skip("there is none")
+
+    class Older(native.Mask):
+        _fields_ = (("one_more", native.Long),)
+
+    native.library.cache_clear()
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="megalm"):
+        patch.setattr(native, "Mask", Older)
+        assert [native.library("cpu"), native.library("cpu")] == [None, None]
+        assert fused_softmax(torch.zeros(1, 1, 1, 2)).tolist() == [[[[0.5, 0.5]]]]
+    assert len([message for message in caplog.messages if "is of other sources" in message]) == 1
+    native.library.cache_clear()
+    assert native.library("cpu") is not None
 
 
 def test_types_that_no_kernel_computes_are_left_to_torch() -> None:

@@ -134,6 +134,37 @@ def test_the_last_tokens_of_a_document_see_its_cached_keys(case: str, new: int) 
     torch.testing.assert_close(last, whole[-new:], rtol=1e-10, atol=1e-12)
 
 
+def test_sinks_may_be_of_a_narrow_type() -> None:
+    q, k, v, grad, sinks = tensors(40, 4, 2, torch.bfloat16)
+    narrow, wide = (
+        outputs_and_gradients(softmax_attention, q, k, v, grad, segments_of([25, 15]), None, None, sinks=x)
+        for x in (sinks, sinks.float())
+    )
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(narrow, wide, strict=True))
+
+
+def test_sinks_that_are_not_one_for_each_head_are_refused() -> None:
+    q, k, v, _, sinks = tensors(40, 4, 2, torch.float32)
+    for function in (softmax_attention, softmax_attention_with_statistics):
+        with pytest.raises(ValueError, match="sinks_H is"):
+            function(q, k, v, segments_of([25, 15]), sinks_H=sinks[:2])
+        with pytest.raises(ValueError, match="window=-1"):
+            function(q, k, v, segments_of([25, 15]), window=-1)
+    with pytest.raises(ValueError, match="sinks_H is"):
+        softmax_attention_to_cache(q, k, v, sinks_H=sinks[:1])
+    with pytest.raises(ValueError, match="softcap=-1"):
+        softmax_attention_to_cache(q, k, v, softcap=-1)
+
+
+def test_a_score_that_is_no_number_shows_in_the_statistics() -> None:
+    q, k, v, _, _ = tensors(40, 4, 2, torch.float32)
+    q[7, 1] = torch.nan
+    out, statistics = softmax_attention_with_statistics(q, k, v, segments_of([25, 15]))
+    assert out[7, 1].isnan().all()
+    for x in statistics:
+        assert x.isnan().tolist() == [False, True, False, False]
+
+
 def test_the_operator_is_registered_soundly_for_compilation_and_autograd() -> None:
     q, k, v, _, sinks = (x.requires_grad_() for x in tensors(40, 4, 2, torch.float64))
     ends = torch.tensor([0, 25, 40], dtype=torch.int32)
