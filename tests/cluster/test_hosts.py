@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hosts import Hosts, needed
+from hosts import Hosts, made, needed
 from runs import losses, write_config
 
 from megalm.cli import main
@@ -31,7 +31,7 @@ SHORT = [*LAYOUT, "schedule={steps: 4}"]
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(tmp_path_factory.mktemp("hosts") / "two") as two:
+    with made(Hosts(tmp_path_factory.mktemp("hosts") / "two")) as two:
         yield two
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hosts import Hosts
+from hosts import Hosts, made
 from hosts import needed as hosts_need
 from runs import losses, write_config
 from slurm import Slurm
@@ -41,7 +41,8 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    with Hosts(tmp_path_factory.mktemp("cluster")) as hosts, Slurm(hosts) as cluster:
+    hosts = Hosts(tmp_path_factory.mktemp("cluster"))
+    with made(hosts, Slurm(hosts)) as cluster:
         yield cluster
 
 
