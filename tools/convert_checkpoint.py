@@ -1,15 +1,19 @@
-"""Other frameworks' checkpoints of a GPT or Llama to one that a megalm run can start from.
+"""Other frameworks' checkpoints of a GPT or Llama to one that a megalm run can start from, and a run's to DeepSpeed's.
 
     python tools/convert_checkpoint.py megatron checkpoints/iter_0001000 --config run.yaml --output start
     python tools/convert_checkpoint.py deepspeed checkpoints/universal --config run.yaml --output start
     megalm train run.yaml run.init_from=start
+    python tools/convert_checkpoint.py to_deepspeed runs/tiny --output universal
 
-megatron     a `torch_dist` directory of Megatron-LM, of any layout
-deepspeed    a universal checkpoint (`python -m deepspeed.checkpoint.ds_to_universal`) of a model of transformers
+megatron       a `torch_dist` directory of Megatron-LM, of any layout
+deepspeed      a universal checkpoint (`python -m deepspeed.checkpoint.ds_to_universal`) of a model of transformers
+to_deepspeed   a universal checkpoint of a run, or of one of its steps: weights, AdamW's moments and step, to go on with
+               the model that `megalm export` makes: engine.load_checkpoint(DIR), with {"checkpoint":
+               {"load_universal": true}} in DeepSpeed's config; under ZeRO 3 with --optimizer deepspeed alone
 
-The model section of the config says what the model is; it is checked against every tensor. Weights are taken, not the
-optimizer's state. Nothing in the files is run: Megatron's .metadata is a pickle, of which only the classes that
-describe tensors are let through, and torch reads tensors with `weights_only`.
+On the way in, the model section of the config says what the model is; it is checked against every tensor. Weights are
+taken, not the optimizer's state. Nothing in the files is run: Megatron's .metadata is a pickle, of which only the
+classes that describe tensors are let through, and torch reads tensors with `weights_only`.
 """
 
 from __future__ import annotations
@@ -27,15 +31,20 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megalm.checkpoint.huggingface import architecture_of, taken_over
+from megalm.checkpoint.huggingface import VOCABULARY, architecture_of, entries, joined, taken_over
 from megalm.checkpoint.interop import from_megatron
+from megalm.checkpoint.manifest import read_manifest
+from megalm.checkpoint.weights import Weights
 from megalm.cli import exit_code
 from megalm.config import load_config
-from megalm.config.sections import Model
+from megalm.config.sections import Model, known
+from megalm.data.directory import new_directory
 from megalm.data.tokenizer import load_tokenizer
 from megalm.errors import UserError
+from megalm.files import replacing, write_atomic
 from megalm.train.build import with_vocabulary
-from megalm.train.exchange import shapes, start_from
+from megalm.train.exchange import NOTHING_OURS, shapes, start_from
+from megalm.train.run_directory import find_checkpoint, run_of, tokenizer_of
 
 # What a .metadata of torch.distributed.checkpoint is made of; nothing here does more than hold what it is given.
 ALLOWED = {
@@ -67,13 +76,23 @@ ALLOWED = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code; a mistake is a line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=READERS)
-    parser.add_argument("input", type=Path, metavar="DIR")
-    parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="of the run that is to start")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind in (*READERS, WRITER):
+        command = kinds.add_parser(kind)
+        command.add_argument("input", type=Path, metavar="DIR")
+        command.add_argument("--output", type=Path, required=True, metavar="DIR")
+        if kind == WRITER:
+            text = "whose AdamW goes on: torch.optim's counts steps in a tensor, DeepSpeed's own in a number"
+            command.add_argument("--optimizer", choices=("torch", "deepspeed"), default="torch", help=text)
+        else:
+            command.add_argument("--config", type=Path, required=True, metavar="YAML", help="of the run to start")
     options = parser.parse_args(arguments)
 
     def convert() -> None:
+        if options.kind == WRITER:
+            tag = to_deepspeed(options.input, options.output, numbers=options.optimizer == "deepspeed")
+            print(f"Wrote {options.output / tag}: engine.load_checkpoint({str(options.output)!r})")
+            return
         config = load_config(options.config, world_size=None)
         model = with_vocabulary(config, load_tokenizer(config.tokenizer.path)).model
         read = READERS[options.kind](options.input, model)
@@ -151,7 +170,76 @@ def deepspeed(directory: Path, model: Model) -> Any:
     return lambda scratch: taken_over(tensors(), architecture_of(model), shapes(model), scratch, folder)
 
 
+def to_deepspeed(path: Path, output: Path, numbers: bool) -> str:
+    """Writes the checkpoint that `path` names, a tensor at a time, and returns its name in `output`.
+
+        global_step100_universal/zero/model.norm.weight/{fp32,exp_avg,exp_avg_sq,step}.pt
+        global_step100_universal/zero/optimizer_state.pt             of the optimizer as a whole
+        global_step100_universal/mp_rank_00_model_states.pt          of the engine
+        latest_universal                                             the first's name
+
+    Steps are plain `numbers`, which ZeRO 3 asks for, or tensors. Raises UserError; then nothing is left.
+    """
+    checkpoint = find_checkpoint(path)
+    weights = Weights([checkpoint])
+    moments = {kind: Weights([checkpoint], f"optimizer.{kind}.") for kind in ("exp_avg", "exp_avg_sq")}
+    steps = Weights([checkpoint], "optimizer.step.")
+    for kind, held in (moments | {"step": steps}).items():
+        if missing := weights.shapes.keys() - held.shapes.keys():
+            raise UserError(
+                f"{checkpoint}: has no {kind} of {min(missing)}: DeepSpeed's loader takes AdamW's state alone: name a "
+                "run with optimizer.kind=adamw, or take the weights without it: megalm export"
+            )
+    model = weights.model
+    tokenizer = tokenizer_of(run_of(path, checkpoint), checkpoint, weights.state)
+    words = min(known(model.vocab_size), tokenizer.vocab_size if tokenizer else known(model.vocab_size))
+    theirs = list(entries(weights.shapes, architecture_of(model)))
+    step = read_manifest(checkpoint).step
+    tag = f"global_step{step}_universal"
+    with new_directory(output, NOTHING_OURS, overwrite=False) as directory:
+        zero = directory / tag / "zero"
+        for entry in theirs:
+            folder = zero / entry.theirs
+            folder.mkdir(parents=True)
+            for name, held in ({"fp32": weights} | moments).items():
+                # A part of a tensor is copied, as torch saves all of what it is a part of. Where the model there has
+                # more rows of the vocabulary, the loader adds them.
+                tensor = joined(held, entry, torch.float32, words).clone()
+                _save({"param": tensor, "vocab_tensor": entry.ours[0] in VOCABULARY}, folder / f"{name}.pt")
+            count = steps.tensor(entry.ours[0])
+            done = int(count) if numbers else count
+            _save(done, folder / "step.pt")
+        # The loader goes through its optimizer's groups and these in step, and lets these replace its hyper-parameters.
+        # Those are the DeepSpeed config's to say, so these are empty, and as many as there can be.
+        groups: list[dict[str, Any]] = [{} for _ in theirs]
+        of_zero_3 = {"state": {0: {"step": done}}, "param_groups": groups}
+        whole = {"ds_version": VERSION, "param_groups": groups, "optimizer_state_dict": of_zero_3}
+        _save(whole, zero / "optimizer_state.pt")
+        engine = {
+            "global_steps": step,
+            "global_samples": weights.state["position"]["consumed_samples"],
+            "skipped_steps": 0,
+            "lr_scheduler": {"last_batch_iteration": step - 1},  # as DeepSpeed's own have it
+            "dp_world_size": 1,
+            "mp_world_size": 1,
+            "ds_version": VERSION,
+        }
+        _save(engine, directory / tag / ENGINE)
+        if numbers:  # one tensor would be counted up by each of ZeRO 3's groups; without this file it refuses to load
+            _save(engine, directory / tag / f"zero_pp_rank_0_{ENGINE}")
+        write_atomic(directory / "latest_universal", tag.encode())
+    return tag
+
+
+def _save(content: object, path: Path) -> None:
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
 READERS = {"megatron": megatron, "deepspeed": deepspeed}
+WRITER = "to_deepspeed"
+ENGINE = "mp_rank_00_model_states.pt"
+VERSION = "0.19.0"  # of DeepSpeed, whose form is written
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -32,6 +32,8 @@ class Weights:
     """The parameters in `directories`, of one model at several steps: their mean, or those of the only one."""
 
     directories: Sequence[Place]
+    prefix: str = PREFIX
+    """What is before the parameters' names: that of another kind gives the optimizer's state of each, all the same."""
     state: dict[str, Any] = field(init=False)
     """What the first one holds besides tensors."""
     shapes: dict[str, tuple[int, ...]] = field(init=False)
@@ -41,7 +43,8 @@ class Weights:
         manifests = [self._guarded(directory, read_manifest, directory) for directory in self.directories]
         self.state, tensors = manifests[0].state, manifests[0].tensors
         self.dtypes = {name: record.dtype for name, record in tensors.items()}
-        self.shapes = {n.removeprefix(PREFIX): record.shape for n, record in tensors.items() if n.startswith(PREFIX)}
+        prefix = self.prefix
+        self.shapes = {n.removeprefix(prefix): record.shape for n, record in tensors.items() if n.startswith(prefix)}
 
     @property
     def model(self) -> Model:
@@ -50,7 +53,7 @@ class Weights:
 
     def tensor(self, name: str) -> Tensor:
         """A parameter, verified; a mean is accumulated in float64."""
-        full = PREFIX + name
+        full = self.prefix + name
         target = torch.empty(self.shapes[name], dtype=getattr(torch, self.dtypes[full]))
         total = torch.zeros(self.shapes[name], dtype=torch.float64) if len(self.directories) > 1 else None
         for directory in self.directories:

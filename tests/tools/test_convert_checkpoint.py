@@ -1,4 +1,4 @@
-"""Checkpoints that megatron-core and DeepSpeed wrote compute here what they computed there."""
+"""Checkpoints of megatron-core and DeepSpeed compute here what they computed there; a run of ours goes on there."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_models import BASE, GPT2, TIED, tokens
+from hf_models import BASE, GPT2, TIED, exported, tokens
 from peers import our_logits
 from ranks import run_ranks
+from runs import write_config
 from torch import Tensor
 
-from megalm.checkpoint.huggingface import to_config
+from megalm.checkpoint.huggingface import VOCABULARY, to_config
 from megalm.checkpoint.interop import from_megatron
 from megalm.checkpoint.weights import Weights
+from megalm.cli import main
 from megalm.config.sections import Model
 from megalm.config.text import to_yaml
 from megalm.errors import UserError
@@ -168,6 +170,144 @@ def test_a_universal_checkpoint_of_deepspeed_computes_the_same_here(tool: Module
     ours = converted(tool, "deepspeed", tmp_path / "universal", model_of({}), tmp_path / "start")
     assert logits.std() > 0.3
     assert (our_logits(ours, tokens()) - logits).abs().max() <= 1e-4
+
+
+STEPS, WORDS = 5, 257
+KINDS = {"fp32": "model.", "exp_avg": "optimizer.exp_avg.", "exp_avg_sq": "optimizer.exp_avg_sq."}
+
+
+def trained(data: Path, run: Path, *overrides: str) -> Path:
+    """The last checkpoint of a short run."""
+    config = write_config(data, run)
+    sizes = f"schedule.steps={STEPS}", "schedule.warmup_steps=1", "schedule.decay_steps=1"
+    assert main(["train", config, *sizes, *overrides]) == 0
+    return run / "checkpoints" / f"step-{STEPS:08d}"
+
+
+def resumed_by_deepspeed(
+    directory: str, config: dict[str, Any], stage: int, of: str
+) -> tuple[dict[str, dict[str, Tensor]], Any]:
+    """Loads into a new model of transformers; gives what is then held of each parameter, and what the engine and its
+    schedule say before and after one more step."""
+    from deepspeed.runtime.lr_schedules import WarmupLR
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    deepspeed = load_deepspeed(torch.device("cpu"))
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # it insists
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config)).float()
+    named = list(model.named_parameters())
+    groups = [{"params": [p for _, p in named if p.ndim > 1]}, {"params": [p for _, p in named if p.ndim == 1]}]
+    adamw = torch.optim.AdamW if of == "torch" else deepspeed.ops.adam.DeepSpeedCPUAdam
+    optimizer = adamw(groups, lr=0.01, betas=(0.9, 0.98), weight_decay=0.3)
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage},
+        "checkpoint": {"load_universal": True},
+    }
+    schedule = {"warmup_min_lr": 0.001, "warmup_max_lr": 0.01, "warmup_num_steps": 50, "warmup_type": "linear"}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings, dist_init_required=False,
+        lr_scheduler=lambda theirs: WarmupLR(theirs, **schedule),
+    )  # fmt: skip
+    path, _ = engine.load_checkpoint(directory)
+    assert path is not None
+    held = {
+        "fp32": {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named},
+        **{
+            kind: {name: safe_get_full_optimizer_state(parameter, kind).clone() for name, parameter in named}
+            for kind in ("exp_avg", "exp_avg_sq")
+        },
+    }
+
+    def said() -> dict[str, Any]:
+        inner = engine.optimizer.optimizer
+        return {
+            "steps": [int(state["step"]) for state in inner.state.values()],
+            "global": (engine.global_steps, engine.global_samples),
+            "hyper": [(group["betas"], group["weight_decay"]) for group in inner.param_groups],
+            "rate": [group["lr"] for group in inner.param_groups],
+        }
+
+    before = said()
+    tokens = torch.arange(32).view(2, 16)
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    engine.step()
+    alone = WarmupLR(torch.optim.AdamW([torch.zeros(1)]), **schedule)
+    for _ in range(STEPS + 1):
+        alone.step()
+    return held, (before, said(), alone.get_lr())
+
+
+def in_transformers(weights: Weights, directory: Path) -> dict[str, Tensor]:
+    """Tensors of ours as transformers loads them, without the rows of the vocabulary that stand for no token."""
+    ours = Transformer(weights.model.model_copy(update={"vocab_size": WORDS}))
+    rows = {name: WORDS if name in VOCABULARY else None for name in weights.shapes}
+    ours.load_state_dict({name: weights.tensor(name)[: rows[name]] for name in weights.shapes})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported(ours, directory))
+    return {name: parameter.detach() for name, parameter in theirs.named_parameters()}
+
+
+GPT = [f"model.{key}={str(value).lower()}" for key, value in {**GPT2, **TIED, "num_kv_heads": 4}.items()]
+
+
+@pytest.mark.parametrize(
+    ("stage", "of", "overrides"),
+    [
+        pytest.param(1, "torch", [], id="llama, zero 1"),
+        pytest.param(2, "torch", [*GPT, "model.vocab_size=320"], id="gpt 2, padded, zero 2"),
+        pytest.param(3, "deepspeed", [], id="llama, zero 3", marks=pytest.mark.full),  # it compiles its AdamW
+    ],
+)
+def test_deepspeed_goes_on_where_a_run_of_ours_was(
+    stage: int, of: str, overrides: list[str], tool: ModuleType, data: Path, tmp_path: Path
+) -> None:
+    run, universal = tmp_path / "run", tmp_path / "universal"
+    checkpoint = trained(data, run, *overrides)
+    assert tool.main(["to_deepspeed", str(run), "--output", str(universal), "--optimizer", of]) == 0
+    assert (universal / "latest_universal").read_text() == f"global_step{STEPS}_universal"
+    model = Weights([checkpoint]).model.model_copy(update={"vocab_size": WORDS})
+    config = to_config(model, 256, "float32")
+    expected = {kind: in_transformers(Weights([checkpoint], prefix), tmp_path / kind) for kind, prefix in KINDS.items()}
+    results = run_ranks(2, resumed_by_deepspeed, str(universal), config, stage, of, timeout=500)
+    for held, (before, after, rate) in results:
+        for kind, tensors in expected.items():
+            assert held[kind].keys() == tensors.keys()
+            for name, tensor in tensors.items():
+                assert tensor.any(), (kind, name)
+                assert torch.equal(held[kind][name], tensor), (kind, name)
+        assert set(before["steps"]) == {STEPS}
+        assert set(after["steps"]) == {STEPS + 1}
+        assert before["global"] == (STEPS, 8 * STEPS)
+        assert before["hyper"] == [((0.9, 0.98), 0.3)] * 2
+        assert after["rate"] == rate * 2
+
+    ours = Weights([checkpoint])
+    for name, parameter in converted(tool, "deepspeed", universal, model, tmp_path / "back").named_parameters():
+        assert torch.equal(parameter, ours.tensor(name)[: len(parameter)]), name
+
+
+def test_what_deepspeeds_loader_does_not_take_is_one_line(
+    tool: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "universal"
+    for name in ("adamw", "muon"):
+        trained(data, tmp_path / name, f"optimizer.kind={name}")
+    assert tool.main(["to_deepspeed", str(tmp_path / "muon"), "--output", str(output)]) == 2
+    message = (
+        r"step-00000005: has no exp_avg of layers.0.attention.key.weight: .*optimizer.kind=adamw.*megalm export\n$"
+    )
+    assert re.search(message, capsys.readouterr().err)
+    assert not output.exists()
+
+    arguments = ["to_deepspeed", str(tmp_path / "adamw"), "--output", str(output), "--optimizer", "deepspeed"]
+    assert tool.main(arguments) == 0
+    written = sorted(path.relative_to(output) for path in output.rglob("*.pt"))
+    for path in (path for path in written if path.name == "step.pt"):
+        assert type(torch.load(output / path, weights_only=True)) is int
+    assert tool.main(arguments) == 2
+    assert "holds other files (global_step5_universal)" in capsys.readouterr().err
+    assert sorted(path.relative_to(output) for path in output.rglob("*.pt")) == written
 
 
 class Harmful:

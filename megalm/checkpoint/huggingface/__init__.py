@@ -9,5 +9,6 @@ card            what a run was, in README.md
 
 from megalm.checkpoint.huggingface.architectures import architecture_of, from_config, to_config
 from megalm.checkpoint.huggingface.card import model_card
-from megalm.checkpoint.huggingface.exporter import export_weights
+from megalm.checkpoint.huggingface.exporter import export_weights, joined
 from megalm.checkpoint.huggingface.importer import read_config, read_weights, taken_over
+from megalm.checkpoint.huggingface.names import VOCABULARY, entries

@@ -54,7 +54,7 @@ def export_weights(
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for entry in shard:
-            tensors[entry.theirs] = _tensor(weights, entry, dtype, vocab_size)
+            tensors[entry.theirs] = joined(weights, entry, dtype, vocab_size)
             place[entry.theirs] = name
             done += size(entry)
             on_progress(done, total)
@@ -74,7 +74,8 @@ def _shape(weights: Weights, name: str, vocab_size: int) -> tuple[int, ...]:
     return (min(shape[0], vocab_size), *shape[1:]) if name in VOCABULARY else shape
 
 
-def _tensor(weights: Weights, entry: Entry, dtype: torch.dtype, vocab_size: int) -> Tensor:
+def joined(weights: Weights, entry: Entry, dtype: torch.dtype, vocab_size: int) -> Tensor:
+    """The tensor of theirs, without rows of the vocabulary after `vocab_size`."""
     parts = (weights.tensor(name)[: _shape(weights, name, vocab_size)[0]].to(dtype) for name in entry.ours)
-    joined = torch.cat(list(parts)) if len(entry.ours) > 1 else next(parts)
-    return (joined.T if entry.transposed and joined.ndim == 2 else joined).contiguous()
+    tensor = torch.cat(list(parts)) if len(entry.ours) > 1 else next(parts)
+    return (tensor.T if entry.transposed and tensor.ndim == 2 else tensor).contiguous()
