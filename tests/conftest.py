@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' shapes are too small to share
 
 import pytest
 from hypothesis import settings
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell that starts the tests beside itself ignores
 
 # A busy machine must not fail a test, nor may luck: the examples are the same each time, and new ones come with
 # `pytest --hypothesis-profile=search`.

@@ -82,9 +82,9 @@ def test_nvidias_apex_is_told_by_its_module_and_not_by_its_name(
 def test_attention_is_what_the_processor_has_kernels_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for fastest, wanted in (
+    for kernels, wanted in (
         ({}, "float32 matrix products, bfloat16 matrix products"),
-        ({torch.bfloat16: "amx"}, "float32 matrix products, bfloat16 amx"),
+        ({torch.bfloat16: ("amx", "avx512_bf16")}, "float32 matrix products, bfloat16 amx"),
     ):
-        monkeypatch.setattr(cpu_attention, "FASTEST", fastest)
+        monkeypatch.setattr(cpu_attention, "KERNELS", kernels)
         assert shown(capsys)["attention on a CPU"] == wanted

@@ -22,7 +22,7 @@ from megalm.parallel.pipeline.timeline import read_timeline
 
 SCHEDULES = [
     ("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("looped-bfs", 2), ("zb-h1", 1), ("interleaved-zb", 2), ("zbv", 2),
-    ("dualpipev", 2), ("auto", 1),
+    ("dualpipev", 2),
 ]  # fmt: skip
 COUNTS = (1, 3, 8)  # micro-batches
 
@@ -65,6 +65,11 @@ def one_step(case: Case) -> list[str]:
     found = pipeline.gradients()
     assert found.keys() == wanted.keys()
     return [name for name in wanted if not torch.allclose(found[name], wanted[name], rtol=1e-12, atol=1e-16)]
+
+
+def test_an_order_that_was_searched_for_gives_the_gradients_of_one_process_but_for_rounding() -> None:
+    case = Case("auto", Layout(pipeline=4), micro_batches=8)  # whole and split backward passes add up in another order
+    assert run_ranks(4, one_step, case) == [[]] * 4
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
