@@ -1,7 +1,4 @@
-"""`python -m megalm COMMAND`: the `megalm` command where it is not on the path, and what launchers of processes start.
-
-DeepSpeed's adds `--local_rank=N`, which its environment says as well.
-"""
+"""`python -m megalm COMMAND`: the `megalm` command where it is not on the path, and what launchers start."""
 
 from __future__ import annotations
 
@@ -10,7 +7,8 @@ import sys
 
 from megalm.cli import main
 from megalm.launch.lifeline import end_with_launcher
+from megalm.launch.ranks import LOCAL_RANK
 
 if __name__ == "__main__":
     end_with_launcher(os.environ)
-    sys.exit(main([word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]))
+    sys.exit(main([word for word in sys.argv[1:] if not word.startswith(LOCAL_RANK)]))

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megalm.checkpoint.manifest import DamagedCheckpoint, read_manifest
 from megalm.checkpoint.places import Place, names
-from megalm.checkpoint.reader import load
+from megalm.checkpoint.reader import read_tensor
 from megalm.checkpoint.shard import whole
 from megalm.checkpoint.writer import save
 from megalm.config.sections import Model
@@ -40,9 +39,8 @@ class Weights:
     """By the parameters' names."""
 
     def __post_init__(self) -> None:
-        manifests = [self._guarded(directory, read_manifest, directory) for directory in self.directories]
-        self.state, tensors = manifests[0].state, manifests[0].tensors
-        self.dtypes = {name: record.dtype for name, record in tensors.items()}
+        self._manifests = [self._guarded(directory, read_manifest, directory) for directory in self.directories]
+        self.state, tensors = self._manifests[0].state, self._manifests[0].tensors
         prefix = self.prefix
         self.shapes = {n.removeprefix(prefix): record.shape for n, record in tensors.items() if n.startswith(prefix)}
 
@@ -53,14 +51,15 @@ class Weights:
 
     def tensor(self, name: str) -> Tensor:
         """A parameter, verified; a mean is accumulated in float64."""
-        full = self.prefix + name
-        target = torch.empty(self.shapes[name], dtype=getattr(torch, self.dtypes[full]))
-        total = torch.zeros(self.shapes[name], dtype=torch.float64) if len(self.directories) > 1 else None
-        for directory in self.directories:
-            self._guarded(directory, load, directory, whole({full: target}), full)
-            if total is not None:
-                total += target
-        return target if total is None else target.copy_(total / len(self.directories))
+        places = zip(self.directories, self._manifests, strict=True)
+        found = (self._guarded(place, read_tensor, place, manifest, self.prefix + name) for place, manifest in places)
+        first = next(found)
+        if len(self.directories) == 1:
+            return first
+        total = first.double()
+        for tensor in found:
+            total += tensor
+        return first.copy_(total / len(self.directories))
 
     def _guarded(self, directory: Place, read: Any, *arguments: Any) -> Any:
         try:

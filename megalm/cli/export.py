@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megalm.cli.generate import CheckpointPath
+from megalm.cli.model import CheckpointPath
 from megalm.errors import UserError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

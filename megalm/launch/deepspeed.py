@@ -36,13 +36,12 @@ from typing import IO, Literal
 from megalm.errors import UserError
 from megalm.launch.hostfile import Hosts
 from megalm.launch.job import Job, job
-from megalm.launch.lifeline import end_with_parent
+from megalm.launch.lifeline import TO_END, end_with_parent
 from megalm.launch.ranks import FIRST_PORT, PORTS
 
 Way = Literal["here", "ssh", "slurm"]
 SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3")
 TO_SAY = 25.0  # seconds that the other hosts' ranks have to find and say the cause, after one host has failed
-TO_END = 120.0  # seconds that ranks have to end well, with a checkpoint, when the run is asked to stop
 PASSED_ON = ("MLFLOW", "MV2", "UCX", "NCCL", "GLOO", "TORCH", "OMP", "MKL", "PYTHON", "HF_", "MEGALM")
 """Beginnings of the names of variables that ranks on other hosts are given, as DeepSpeed's launcher would."""
 LAUNCHERS = ("HOME", "USER", "LOGNAME", "LANG", "LC_", "TMPDIR", "SSH_", "KRB5", "PDSH_", "DS_ACCEL", "SLURM_")

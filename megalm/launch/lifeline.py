@@ -18,6 +18,7 @@ import threading
 from collections.abc import Mapping
 
 PR_SET_PDEATHSIG = 1
+TO_END = 120  # seconds that ranks have to end well, with a checkpoint, when the run is asked to stop
 
 
 def end_with_parent() -> None:

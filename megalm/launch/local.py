@@ -22,8 +22,9 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from megalm.launch.lifeline import TO_END
+
 LOOPBACK = "127.0.0.1"
-TO_END = "120"  # seconds that ranks have to end well, with a checkpoint, when the run is asked to stop
 
 
 class OneMachine(RendezvousHandler):
@@ -67,7 +68,7 @@ class OneMachine(RendezvousHandler):
 def start_local(processes: int, arguments: Sequence[str], module: str = "megalm.train") -> int:
     """Runs `python -m MODULE ARGUMENTS` in `processes` ranks; returns an exit code: 0, the first failed rank's,
     or 128 and the number of the signal that ended the run, or that rank."""
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", TO_END)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(TO_END))
     # As torchrun does: with several processes a machine, each would otherwise start a thread for each core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # Its words on each signal that it sends would stand around the one line that says what is wrong.

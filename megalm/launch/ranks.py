@@ -17,6 +17,7 @@ from megalm.errors import UserError
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+LOCAL_RANK = ("--local_rank=", "--local-rank=")  # what DeepSpeed's launcher adds, which the environment says as well
 FIRST_PORT, PORTS = 20_000, 10_000  # below those that systems give to clients
 
 

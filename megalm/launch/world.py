@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 WORD, HERE, LEFT = "megalm/failed", "megalm/here", "megalm/left"
 GONE = "rank 0, or the launcher, which kept the ranks' store, no longer answers"
 TIMEOUT: float = Run.model_fields["timeout"].default
-TRY = 5.0  # seconds of each attempt to reach the store
+TRY = 5.0  # seconds of each attempt to reach the store, and of each look at it
 POLL, GRACE = 1.0, 6.0  # seconds between looks at the store; seconds that the others have to answer
 
 
@@ -154,17 +154,18 @@ class World:
 
         def wait(keys: list[str], seconds: float) -> bool:
             deadline = time.monotonic() + seconds
-            while not store.check(keys) and time.monotonic() < deadline:  # in Python, where signals are heard
-                self._stop_if(asked())
-                time.sleep(0.05)
-            return store.check(keys)
+            while (left := deadline - time.monotonic()) > 0:
+                try:
+                    store.wait(keys, timedelta(seconds=min(TRY, left)))  # no signal is heard meanwhile
+                    return True
+                except dist.DistStoreError:
+                    self._stop_if(asked())
+            return False
 
         if self.process.rank:
-            try:
+            with suppress(dist.DistNetworkError):
                 if wait([key], timeout + GRACE):
                     return store.get(key).decode()
-            except (dist.DistStoreError, dist.DistNetworkError):
-                pass
             raise RunFailed("", 1)
         names = [f"megalm/start/{rank}" for rank in range(self.process.size)]
         if wait(names, timeout):

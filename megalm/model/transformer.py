@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from megalm.config.sections import Model, known
 from megalm.model.layers import LayerNorm, PositionEmbedding, RMSNorm
+from megalm.ops import native
 from megalm.ops.attention import Segments, attention, attention_to_cache
 from megalm.ops.dropout import dropout, row_keys
 from megalm.ops.rotary import apply_rotary, llama3_scaled, rotary_frequencies, rotary_tables
@@ -334,7 +335,7 @@ class Transformer(nn.Module):
         """Output logits [T, vocabulary] in float32 (or wider), all of them on every tensor rank; without gradient where
         there are several."""
         logits_TV = self.output.logits(x_TD)
-        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        logits_TV = logits_TV.to(native.wide(logits_TV))
         cap = self.config.logit_softcap
         return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
 

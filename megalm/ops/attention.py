@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from megalm.ops import native
 from megalm.ops.cpu_attention import kernels_for
 from megalm.ops.softmax import limits
 
@@ -85,8 +86,8 @@ def kernels_in_use(device: torch.device) -> str:
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         q_THE = torch.empty(1, 1, 64, dtype=dtype, device=device)
-        native = kernels_for(dtype, 64) if device.type == "cpu" else None
-        name = "torch's flash attention" if _flash_can(q_THE) else native or "matrix products"
+        kernels = kernels_for(dtype, 64) if device.type == "cpu" else None
+        name = "torch's flash attention" if _flash_can(q_THE) else kernels or "matrix products"
         found.append(f"{str(dtype).removeprefix('torch.')} {name}")
     return ", ".join(found)
 
@@ -255,7 +256,7 @@ def blocked_attention_backward(
         B, R, N, E = q_BRNE.shape
         gq_BRNE = torch.empty_like(q_BRNE)
         # Several blocks add to one key's gradient: in float32, so that the sum is rounded once.
-        gk_BNE, gv_BNE = torch.zeros(2, B, N, E, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        gk_BNE, gv_BNE = torch.zeros(2, B, N, E, dtype=native.wide(q), device=q.device)
         for rows, keys in blocks(N, N, window):
             q_BXE, go_BXE = q_BRNE[:, :, rows].reshape(B, -1, E), go_BRNE[:, :, rows].reshape(B, -1, E)
             k_BJE, v_BJE = k_BNE[:, keys], v_BNE[:, keys]

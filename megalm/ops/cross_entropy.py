@@ -104,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wants_grad:
             grad_x_TD = torch.empty_like(x_TD)
             # Slices add up in a wide type.
-            grad_w_VD = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+            grad_w_VD = torch.zeros_like(weight_VD, dtype=native.wide(weight_VD))
             product_VD = None if grad_w_VD.dtype == x_TD.dtype else torch.empty_like(w_VD)
         objective, cross_entropy = x_TD.new_zeros(2, dtype=wide)
         # The same slices on all ranks: the padded height is the same.

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from megalm.ops import softmax
+from megalm.ops import native, softmax
 from megalm.ops.attention import Segments, blocks, by_group, by_head, by_token, runs
 from megalm.ops.softmax import Settings, Statistics, limits, sinks_of
 
@@ -78,7 +78,7 @@ def _attend(
     """Attention of the last I tokens of each of G = `count` segments to its J keys; largest and entropy, [B, R, I]."""
     B, R, I, E = q_BRIE.shape  # noqa: E741
     out_BRIE = torch.empty_like(q_BRIE)
-    wide = torch.promote_types(q_BRIE.dtype, torch.float32)
+    wide = native.wide(q_BRIE)
     largest, entropy = q_BRIE.new_empty(2, *((B, R, I) if statistics else (0,)), dtype=wide)
     for rows, keys in blocks(I, k_BJE.shape[1], settings.window):
         scores_GHIJ = _scores(q_BRIE[:, :, rows], k_BJE[:, keys], count)
@@ -115,7 +115,7 @@ def _softmax_attention(
 
 def _statistics(q: Tensor, statistics: bool) -> tuple[Tensor, Tensor]:
     shape = q.shape[:2] if statistics else (0,)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = native.wide(q)
     return q.new_empty(shape, dtype=wide), q.new_empty(shape, dtype=wide)
 
 
@@ -131,7 +131,7 @@ def _softmax_attention_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     settings = _settings(q, sinks, window, softcap)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = native.wide(q)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     grad_sinks_H = q.new_zeros(0 if sinks is None else len(sinks), dtype=wide)
     kv_heads = k.shape[1]
@@ -169,7 +169,7 @@ def _(q, k, v, ends, sinks, window, softcap, statistics):  # type: ignore[no-unt
 
 @_softmax_attention_backward.register_fake
 def _(grad_out, q, k, v, ends, sinks, window, softcap):  # type: ignore[no-untyped-def]
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = native.wide(q)
     grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return *grads, q.new_empty(0 if sinks is None else sinks.shape[0], dtype=wide)
 

@@ -1,6 +1,6 @@
 """`python -m megalm.train CONFIG`: `megalm train` as launchers of processes start it, or `megalm doctor` with --doctor.
 
-DeepSpeed's launcher adds `--local_rank=N`, which its environment says as well; `megalm launch` adds `--job=FOLDER`.
+`megalm launch` adds `--job=FOLDER`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import sys
 from megalm.cli import main
 from megalm.launch.job import mark_done
 from megalm.launch.lifeline import end_with_launcher, is_heard
+from megalm.launch.ranks import LOCAL_RANK
 
-OTHERS = ("--local_rank=", "--local-rank=", "--job=", "--doctor")
+OTHERS = (*LOCAL_RANK, "--job=", "--doctor")
 
 
 def rank() -> int:

@@ -98,18 +98,18 @@ def _fits(times: list[float], kept: list[float], bound: float, caps: Sequence[fl
     """Whether there is a partition under the bound and the caps."""
     ends = {0}  # at which the stages so far may end
     for cap in caps:
-        ends = {end for first in ends for end in _ends(times, kept, first, bound, cap)}
+        ends = {end for first in ends for end, _ in _ends(times, kept, first, bound, cap)}
     return len(times) in ends
 
 
-def _ends(times: list[float], kept: list[float], first: int, bound: float, cap: float) -> Iterator[int]:
-    """Where a stage from layer `first` on may end."""
+def _ends(times: list[float], kept: list[float], first: int, bound: float, cap: float) -> Iterator[tuple[int, float]]:
+    """Where a stage from layer `first` on may end, and its time."""
     time = held = 0.0
     for end in range(first + 1, len(times) + 1):
         time, held = time + times[end - 1], held + kept[end - 1]
         if time > bound or held > cap:
             return
-        yield end
+        yield end, time
 
 
 def _even_cuts(times: list[float], kept: list[float], bound: float, caps: Sequence[float]) -> list[int]:
@@ -120,8 +120,7 @@ def _even_cuts(times: list[float], kept: list[float], bound: float, caps: Sequen
     for cap in caps:
         after, origin = [inf] * (count + 1), [0] * (count + 1)
         for first in (place for place in range(count) if best[place] < inf):
-            for end in _ends(times, kept, first, bound, cap):
-                time = sum(times[first:end])
+            for end, time in _ends(times, kept, first, bound, cap):
                 if best[first] + time * time < after[end]:
                     after[end], origin[end] = best[first] + time * time, first
         best = after
