@@ -10,7 +10,7 @@ import torch
 from megalm.checkpoint.manifest import Region
 
 BOXES = 1 << 16  # at which a manifest is still small
-BOX_BYTES = 1 << 20, 64 << 20  # least and most of a large one: who needs a part reads all of it, for its checksum
+BOX_BYTES = 4 << 20, 64 << 20  # least and most of a large one: who needs a part reads all of it, for its checksum
 
 
 @dataclass(frozen=True)

@@ -144,11 +144,11 @@ def test_a_write_that_fails_on_one_rank_is_known_to_all_after_the_step_and_leave
 @pytest.mark.parametrize("copies", [1, 2, 3])
 def test_of_what_several_ranks_hold_each_element_is_written_once_and_all_write_alike(copies: int) -> None:
     dice = random.Random(3)
-    tensors = {f"t{i}": torch.zeros(dice.randrange(1, 700), dice.randrange(1, 700)) for i in range(20)}
+    tensors = {f"t{i}": torch.zeros(dice.randrange(1, 1400), dice.randrange(1, 1400)) for i in range(20)}
     shards = whole(tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
     limit = box_bytes(total)
-    assert limit == 1 << 20
+    assert limit == 4 << 20
     count = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     written = []
     for number in range(copies):
@@ -175,17 +175,17 @@ def read_counted(root: Path, rows: int, columns: int) -> tuple[int, int]:
 
     reader._fetched = count
     row, column = divmod(rank, columns)
-    shape = 2048 // rows, 2048 // columns
-    tile = Shard("x", torch.zeros(shape), (2048, 2048), (row * shape[0], column * shape[1]), shape)
+    shape = 4096 // rows, 4096 // columns
+    tile = Shard("x", torch.zeros(shape), (4096, 4096), (row * shape[0], column * shape[1]), shape)
     load(root / "step-00000001", [tile], group=dist.group.WORLD)
-    wanted = torch.arange(2048.0**2).reshape(2048, 2048)[tile.region.within(tile.region.__class__((0, 0), tile.shape))]
+    wanted = torch.arange(4096.0**2).reshape(4096, 4096)[tile.region.within(tile.region.__class__((0, 0), tile.shape))]
     assert torch.equal(tile.tensor, wanted)
     return read, tile.tensor.nbytes
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 1), (1, 4), (2, 2)])
 def test_a_rank_reads_what_it_holds_whether_rows_or_columns(tmp_path: Path, rows: int, columns: int) -> None:
-    save(tmp_path, 1, whole({"x": torch.arange(2048.0**2).reshape(2048, 2048)}), {}, keep=1)
+    save(tmp_path, 1, whole({"x": torch.arange(4096.0**2).reshape(4096, 4096)}), {}, keep=1)
     assert len(read_manifest(tmp_path / "step-00000001").tensors["x"].boxes) == 16
     for read, held in run_ranks(4, read_counted, tmp_path, rows, columns):
         assert held <= read < 1.01 * held

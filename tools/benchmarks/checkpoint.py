@@ -89,6 +89,7 @@ def main() -> None:
         behind = Saver(Path(folder, "behind"), keep=1, asynchronous=True)
         for step in range(1, arguments.rounds + 2):
             found = {}
+            (plain / "file").unlink(missing_ok=True)
             found["plain write"] = seconds(lambda: write_plainly(plain / "file", data))
 
             def save_at_once(step: int = step) -> None:
@@ -96,6 +97,7 @@ def main() -> None:
                 at_once.commit()
 
             found["save at once"] = seconds(save_at_once)
+            at_once.close()
             found["passes"] = seconds(passes)
             start = time.perf_counter()
             found["start"] = seconds(lambda step=step: behind.start(step, whole(state), {}))  # type: ignore[misc]
