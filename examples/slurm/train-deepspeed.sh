@@ -20,7 +20,7 @@
 set -uo pipefail
 config=$1 run=$2
 shift 2
-newest() { ls "$run/checkpoints" 2>/dev/null | tail -n 1; }
+newest() { grep -o 'saved the checkpoint of step [0-9]*' "$run/train.log" 2>/dev/null | tail -n 1; }
 before=$(newest)
 
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -25,6 +25,8 @@ from megalm.errors import UserError
 
 STOPPED = "stopped"
 """The file in its directory with which a run says that it has more to do."""
+SAVED = "saved the checkpoint of step"
+"""What its log says of each, wherever they are."""
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,@+-]*")
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d?))?(?::(?P<third>\d\d?))?")
 
@@ -35,7 +37,7 @@ SCRIPT = """\
 {options}
 set -uo pipefail
 run={directory}
-newest() {{ ls "$run/checkpoints" 2>/dev/null | tail -n 1; }}
+newest() {{ grep -o '{saved} [0-9]*' "$run/train.log" 2>/dev/null | tail -n 1; }}
 before=$(newest)
 
 {command}
@@ -101,6 +103,7 @@ def _script(config: Config, arguments: Sequence[str], job: Job) -> str:
         options="\n".join(f"#SBATCH --{option}" for option in _options(job, _name(config))),
         command=shlex.join([*command, python, "-m", "megalm.train", *arguments]),
         directory=shlex.quote(str(Path(config.run.dir).absolute())),
+        saved=SAVED,
         stopped=STOPPED,
     )
 
@@ -160,9 +163,16 @@ def _folders(config: Config) -> Iterator[str]:
     """What a run needs to see: the working directory, and what lies elsewhere of that which its config names."""
     here = Path.cwd()
     yield str(here)
-    tokenizer = [] if config.tokenizer.path == "byte" else [config.tokenizer.path]
-    for name in [*(source.path for source in config.data.sources), *tokenizer]:
-        if not (path := Path(name).absolute()).is_relative_to(here):
+    tokenizer = None if config.tokenizer.path == "byte" else config.tokenizer.path
+    read = [source.path for source in config.data.sources]
+    read += filter(None, (tokenizer, config.run.init_from, config.parallel.pipeline.costs_from))
+    written = [Path(config.run.dir)]
+    if config.checkpoint.path is not None:
+        from megalm.checkpoint import place  # imports torch, which nothing else here needs
+
+        own = place(config.checkpoint.path, "checkpoint.path")
+        written += [own] if isinstance(own, Path) else []
+    there = [next(parent for parent in path.absolute().parents if parent.is_dir()) for path in written]
+    for path in (*(Path(name).absolute() for name in read), *there):
+        if not path.is_relative_to(here):
             yield str(path)
-    if not (run := Path(config.run.dir).absolute()).is_relative_to(here):
-        yield str(run.parent)

@@ -35,6 +35,7 @@ from megalm.data.loader import GlobalBatch, MicroBatch
 from megalm.data.trace import first_hash, rolled
 from megalm.errors import UserError
 from megalm.launch.ranks import Process
+from megalm.launch.slurm import SAVED
 from megalm.launch.world import World
 from megalm.model.counts import parameter_count, seen_pairs, training_flops
 from megalm.model.transformer import ModelInputs
@@ -365,8 +366,9 @@ class Trainer:
     def _commit(self) -> None:
         """The checkpoint under way, if there is one, once all ranks have written it."""
         if (step := self.saver.pending) is not None:
-            self.saver.commit()
+            path = self.saver.commit()
             self.saved = step
+            logger.info("%s %d, %s", SAVED, step, path)
 
     def _finish_saving(self, metrics: Metrics | None) -> None:
         """Ends with a checkpoint of the step that was taken last."""

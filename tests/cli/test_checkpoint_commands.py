@@ -22,6 +22,7 @@ from megalm.checkpoint import DamagedCheckpoint, Shard, load, save, writer
 from megalm.checkpoint.inspect import problems
 from megalm.checkpoint.places import writing
 from megalm.cli import main
+from megalm.launch.slurm import SAVED
 
 OVERRIDES = ["schedule={steps: 20}", "checkpoint={every: 5, keep: 3}", "evaluate.every=20"]
 
@@ -224,7 +225,9 @@ def test_checkpoints_may_lie_elsewhere(
     overrides = [*OVERRIDES, f"checkpoint.path={path}", f"checkpoint.asynchronous={str(where == 'memory').lower()}"]
     for last in (15, 20):  # it goes on from there
         assert main(["train", config, *overrides, f"schedule.steps={last}"]) == 0
-    assert "continuing from " in (run / "train.log").read_text()
+    log = (run / "train.log").read_text()
+    assert "continuing from " in log
+    assert f"{SAVED} 20, " in log  # what a batch script looks for
     assert not (run / "checkpoints").exists()
     assert f"{20 * 8 * 64:,}" in said(capsys, 0, "inspect", run)
     assert said(capsys, 0, "verify", path).count("intact") == 3

@@ -77,9 +77,9 @@ def test_what_is_given_reaches_the_ranks_word_by_word_and_no_shell_reads_it(
         ("exit 0", 0, False),
         ("touch {run}/stopped", 0, True),
         ("touch {run}/stopped; exit 1", 1, False),
-        ("mkdir {run}/checkpoints/step-00000002; exit 1", 1, True),
-        ("mkdir {run}/checkpoints/step-00000002; exit 0", 0, False),
-        ("mkdir {run}/checkpoints/.step-00000002.tmp; exit 1", 1, False),
+        ("echo 'now saved the checkpoint of step 2, there' >> {run}/train.log; exit 1", 1, True),
+        ("echo 'now saved the checkpoint of step 2, there' >> {run}/train.log; exit 0", 0, False),
+        ("echo 'step 2: validation loss 4' >> {run}/train.log; exit 1", 1, False),
         ("exit 2", 2, False),
     ],
 )
@@ -87,7 +87,8 @@ def test_a_job_goes_back_to_the_queue_if_there_is_more_to_do_and_it_got_on(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], happens: str, code: int, again: bool
 ) -> None:
     run = tmp_path / "the run"
-    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    run.mkdir()
+    (run / "train.log").write_text("now saved the checkpoint of step 1, there\n")
     text = script(capsys, write_config(data, run), "--nodes=1")
     assert play(tmp_path, text, happens.format(run=shlex.quote(str(run))))[::2] == (code, again)
 
@@ -96,15 +97,18 @@ def test_a_container_sees_what_the_config_names(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path.parent / "elsewhere"
+    elsewhere.mkdir()
     config = write_config(data, tmp_path / "run")
-    folders = sorted(map(str, (tmp_path, data / "a", data / "b")))
+    keys = [f"run.init_from={data}/start", f"checkpoint.path={elsewhere}/new/checkpoints"]
+    folders = sorted(map(str, (tmp_path, data / "a", data / "b", data / "start", elsewhere)))
     pyxis = ["--nodes=1", "--container=nvcr.io/nvidia/pytorch"]
-    _, arguments, _ = play(tmp_path, script(capsys, config, *pyxis), "exit 0")
+    _, arguments, _ = play(tmp_path, script(capsys, config, *keys, *pyxis), "exit 0")
     mounts = ",".join(f"{folder}:{folder}" for folder in folders)
     image = ["--container-image=nvcr.io/nvidia/pytorch", f"--container-mounts={mounts}"]
     assert arguments[1:5] == [*image, f"--container-workdir={tmp_path}", "python"]
     apptainer = ["--nodes=1", "--gpus-per-node=1", "--container=torch.sif"]
-    _, arguments, _ = play(tmp_path, script(capsys, config, *apptainer), "exit 0")
+    _, arguments, _ = play(tmp_path, script(capsys, config, *keys, *apptainer), "exit 0")
     words = ["apptainer", "exec", "--nv", "--bind", ",".join(folders), "--pwd", str(tmp_path), "torch.sif", "python"]
     assert arguments[1:10] == words
 
