@@ -6,9 +6,9 @@ import os
 import sys
 
 from megalm.cli import main
-from megalm.launch.lifeline import end_with_launcher
+from megalm.launch.lifeline import Lifeline
 from megalm.launch.ranks import LOCAL_RANK
 
 if __name__ == "__main__":
-    end_with_launcher(os.environ)
+    Lifeline(os.environ)
     sys.exit(main([word for word in sys.argv[1:] if not word.startswith(LOCAL_RANK)]))

@@ -68,6 +68,11 @@ def mark_done(word: str) -> None:
     (Path(unquote(word)) / "done").touch()
 
 
+def remove(word: str) -> None:
+    """For the first rank of a run whose `megalm launch` can no longer do that."""
+    shutil.rmtree(unquote(word), ignore_errors=True)
+
+
 def main() -> None:
     """Becomes the rank, so that its variables are there from its start."""
     [word] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]

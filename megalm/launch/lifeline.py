@@ -27,26 +27,32 @@ def end_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def end_with_launcher(environment: Mapping[str, str]) -> None:
-    """Ties this rank to the launcher that `environment` tells of."""
-    on_hosts = environment.get("CROSS_SIZE", "1") != "1"  # DeepSpeed's, over several hosts
-    if "TORCHELASTIC_RUN_ID" in environment or "CROSS_RANK" in environment:
-        end_with_parent()
-    if on_hosts and "CROSS_RANK" in environment:
-        threading.Thread(target=_watch, daemon=True).start()
+class Lifeline:
+    """Ties this rank to the launcher that `environment` tells of, and to `megalm launch` above it if it is `ours`."""
 
+    def __init__(self, environment: Mapping[str, str], ours: bool = False) -> None:
+        self._launcher = os.getppid()
+        self._pipes = [os.dup(descriptor) for descriptor in (1, 2)]  # a broken one may be replaced by another file
+        on_hosts = environment.get("CROSS_SIZE", "1") != "1"  # DeepSpeed's, over several hosts
+        if "TORCHELASTIC_RUN_ID" in environment or "CROSS_RANK" in environment:
+            end_with_parent()
+        if "CROSS_RANK" in environment and (on_hosts or ours):
+            threading.Thread(target=self._watch, daemon=True).start()
 
-def is_heard(wait: bool = False) -> bool:
-    """Whether anybody may read what this process says; may `wait` until stdout and stderr are pipes that nobody reads,
-    and then says no."""
-    for descriptor in (1, 2):
-        poll = select.poll()
-        poll.register(descriptor, 0)  # errors and the other end's going are always told
-        if not poll.poll(None if wait else 0):
-            return True
-    return False
+    @property
+    def holds(self) -> bool:
+        """Whether the launcher is there, and anybody may read what this process says."""
+        return os.getppid() == self._launcher and not self._unheard(wait=False)
 
+    def _unheard(self, wait: bool) -> bool:
+        """Whether stdout and stderr are pipes that nobody reads; may `wait` for that."""
+        for descriptor in self._pipes:
+            poll = select.poll()
+            poll.register(descriptor, 0)  # errors and the other end's going are always told
+            if not poll.poll(None if wait else 0):
+                return False
+        return True
 
-def _watch() -> None:
-    is_heard(wait=True)
-    os.kill(os.getpid(), signal.SIGTERM)
+    def _watch(self) -> None:
+        self._unheard(wait=True)
+        os.kill(os.getpid(), signal.SIGTERM)

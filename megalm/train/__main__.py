@@ -9,8 +9,8 @@ import os
 import sys
 
 from megalm.cli import main
-from megalm.launch.job import mark_done
-from megalm.launch.lifeline import end_with_launcher, is_heard
+from megalm.launch.job import mark_done, remove
+from megalm.launch.lifeline import Lifeline
 from megalm.launch.ranks import LOCAL_RANK
 
 OTHERS = (*LOCAL_RANK, "--job=", "--doctor")
@@ -18,13 +18,15 @@ OTHERS = (*LOCAL_RANK, "--job=", "--doctor")
 
 def rank() -> int:
     """What one rank of a launcher's does; returns the exit code."""
-    end_with_launcher(os.environ)
-    launcher = os.getppid()
+    job = next((word.removeprefix("--job=") for word in sys.argv[1:] if word.startswith("--job=")), "")
+    launcher = Lifeline(os.environ, ours=bool(job))
     command = "doctor" if "--doctor" in sys.argv else "train"
     code = main([command, *(word for word in sys.argv[1:] if not word.startswith(OTHERS))])
-    job = next((word.removeprefix("--job=") for word in sys.argv[1:] if word.startswith("--job=")), "")
-    if job and code == 0 and os.environ.get("RANK") == "0" and os.getppid() == launcher and is_heard():
-        mark_done(job)
+    if job and os.environ.get("RANK") == "0":
+        if not launcher.holds:
+            remove(job)
+        elif code == 0:
+            mark_done(job)
     return code
 
 

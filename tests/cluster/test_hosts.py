@@ -153,6 +153,7 @@ def test_nothing_is_left_when_a_launcher_is_killed(
     found[0].kill()
     code, *_ = finish(hosts, process, 200)
     assert code != 0
+    assert not list(tmp_path.glob(".*launch*"))
 
 
 @pytest.mark.full

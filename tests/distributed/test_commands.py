@@ -254,11 +254,35 @@ def test_a_run_starts_again_by_itself_after_a_rank_was_killed_and_goes_on_bit_fo
     assert "continuing from" in (killed / "train.log").read_text()
 
 
-def test_ranks_whose_agent_was_killed_save_and_end(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = started(write_config(data, run), "parallel.tensor=2", "schedule.steps=100000", "checkpoint.every=100000")
+@pytest.mark.parametrize("launched", [False, True])
+def test_ranks_whose_agent_or_launcher_was_killed_save_and_end(data: Path, tmp_path: Path, launched: bool) -> None:
+    if launched:
+        pytest.importorskip("deepspeed")
+    run, hosts = tmp_path / "run", tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    keys = ["parallel.tensor=2", "schedule.steps=100000", "checkpoint.every=100000", "run.device=cpu"]
+    process = (
+        started(write_config(data, run), *keys)
+        if not launched
+        else subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "megalm",
+                "launch",
+                write_config(data, run),
+                *SETTINGS,
+                *keys,
+                "--hostfile",
+                str(hosts),
+            ],
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        )
+    )
     wait_for_step(process, run, 3)
     ranks = ranks_of(process)
+    assert len(ranks) == 2
     process.kill()
     deadline = time.monotonic() + 200
     while not all(over(rank) for rank in ranks):
@@ -266,6 +290,7 @@ def test_ranks_whose_agent_was_killed_save_and_end(data: Path, tmp_path: Path) -
         time.sleep(0.05)
     last = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
+    assert list(tmp_path.glob(".*launch*")) == []
 
 
 @pytest.mark.timeout(900)

@@ -11,8 +11,8 @@ from runs import over
 
 RANK = """
 import os, time
-from megalm.launch.lifeline import end_with_launcher
-end_with_launcher(os.environ)
+from megalm.launch.lifeline import Lifeline
+Lifeline(os.environ)
 print("tied", flush=True)
 time.sleep(100)
 """
