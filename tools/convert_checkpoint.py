@@ -70,6 +70,7 @@ ALLOWED = {
         for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
     ),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
 }
 
 
@@ -96,10 +97,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, world_size=None)
         model = with_vocabulary(config, load_tokenizer(config.tokenizer.path)).model
         read = READERS[options.kind](options.input, model)
-        start_from(model, read, options.input, options.output, say=lambda line: None)
+        start_from(model, read, options.input, options.output, say)
         print(f"Wrote {options.output}: megalm train {options.config} run.init_from={options.output}")
 
     return exit_code(convert)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -146,13 +151,14 @@ def megatron(directory: Path, model: Model) -> Any:
             raise UserError(f"{directory}: cannot read '{key}': {str(error).splitlines()[0]}") from None
         return target
 
-    return lambda scratch: from_megatron(model, shapes(model), tensors, read)
+    return lambda scratch: from_megatron(model, shapes(model), tensors, read, say)
 
 
 def deepspeed(directory: Path, model: Model) -> Any:
     """Gives our parameters out of a universal checkpoint, or the newest one in a directory of them."""
     latest = directory / "latest_universal"
-    folder = (directory / latest.read_text().strip() if latest.is_file() else directory) / "zero"
+    name = latest.read_bytes().decode(errors="replace").strip() if latest.is_file() else "."
+    folder = directory / name / "zero"
     if not folder.is_dir():
         raise UserError(
             f"{directory}: has no folder zero: write it with `python -m deepspeed.checkpoint.ds_to_universal`"

@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-from megalm.checkpoint.manifest import MANIFEST, CheckpointManifest, DamagedCheckpoint, numbered, open_manifest
+from megalm.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    DamagedCheckpoint,
+    check_name,
+    numbered,
+    open_manifest,
+    strangers,
+)
 from megalm.checkpoint.places import Place, names, reading
 from megalm.checkpoint.reader import fetch, read_tensor
 from megalm.checkpoint.stores import retired, store_of
@@ -27,11 +35,10 @@ def problems(directory: Place, advance: Callable[[int], None] = lambda count: No
     """All that is wrong with a checkpoint, by file and tensor: every byte is read. `advance` is told how many were."""
     try:
         manifest, there = open_manifest(directory)
+        check_name(directory, manifest)
     except UserError as error:
         return [str(error)]
-    found = [
-        f"{directory / name}: is no part of this checkpoint" for name in sorted({*there} - {*manifest.files, MANIFEST})
-    ]
+    found = strangers(directory, manifest, there)
     boxes: dict[str, list[tuple[int, int, str, str]]] = {name: [] for name in manifest.files}
     for name, record in manifest.files.items():
         boxes[name].append((0, record.header, record.checksum, "the header"))
@@ -92,8 +99,9 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def prune(root: Place, keep: int, keep_every: int | None, dry_run: bool) -> list[int]:
     """Deletes all checkpoints but the `keep` newest complete ones and the multiples of `keep_every`; gives their steps.
     Raises UserError while someone is saving there."""
+    if checkpoints_at(root) == [root]:
+        raise UserError(f"{root}: is one checkpoint: name its run's directory")
     store = store_of(root)
-    checkpoints_at(root)
     if dry_run:
         return retired(root, None, keep, keep_every)
     with store.hold():

@@ -7,6 +7,9 @@
 A key without a layer's number has all layers in its first dim; layers that differ have keys of their own. A norm is
 the linear layer's before which it stands (`linear_qkv.layer_norm_weight`), or of its own (`input_layernorm.weight`).
 
+Norms' weights are taken as they are, so a model of `--apply-layernorm-1p`, which keeps them less 1, comes out wrong:
+nothing among the tensors tells of it.
+
 Shapes: L layers, D hidden, H query heads, K key/value heads, E head dim, F feed-forward, V vocabulary.
 """
 
@@ -17,6 +20,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
+from megalm.checkpoint.huggingface.names import VOCABULARY
 from megalm.config.sections import Model, known
 from megalm.errors import UserError
 
@@ -38,13 +42,20 @@ TOP = {
     "final_norm.bias": "decoder.final_layernorm.bias",
     "head.weight": "output_layer.weight",
 }
+PADDING = 1 << 14
+"""The most rows that Megatron adds to a vocabulary: it makes its size a multiple of 128 times the tensor ranks."""
 OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
 
 
 def from_megatron(
-    model: Model, shapes: Mapping[str, tuple[int, ...]], keys: Collection[str], read: Callable[[str], Tensor]
+    model: Model,
+    shapes: Mapping[str, tuple[int, ...]],
+    keys: Collection[str],
+    read: Callable[[str], Tensor],
+    say: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    """Our parameters, of these `shapes`, out of a checkpoint with these `keys`, each of which is `read` once.
+    """Our parameters, of these `shapes`, out of a checkpoint with these `keys`, each of which is `read` once. `say` is
+    told of rows of the vocabulary that are left out.
 
     Raises UserError for what is missing, of another shape, or would be left out.
     """
@@ -59,7 +70,11 @@ def from_megatron(
         if name in shapes:
             if key not in left:
                 raise UserError(f"the checkpoint has no tensor '{key}', which the model section asks for")
-            ours[name] = take(key)[: shapes[name][0]]
+            ours[name] = tensor = take(key)
+            rows = shapes[name][0]
+            if name in VOCABULARY and rows < len(tensor) < rows + PADDING:
+                ours[name] = tensor[:rows]
+                say(f"{name}: left out {len(tensor) - rows} rows, which stand for no token of the config's tokenizer")
     for modules, templates in LAYER.items():
         for kind in ("weight", "bias"):
             names = [f"{module}.{kind}" for module in modules]
@@ -71,6 +86,8 @@ def from_megatron(
     if left:
         raise UserError(f"the checkpoint has a tensor '{min(left)}', for which the model section has no use")
     for name, shape in shapes.items():
+        if name not in ours:
+            raise UserError(f"the checkpoint has nothing for {name}, which the model section asks for")
         if (theirs := tuple(ours[name].shape)) != shape:
             raise UserError(f"the checkpoint's {name} is {list(theirs)}, but the model section makes it {list(shape)}")
     return {name: tensor.float().contiguous() for name, tensor in ours.items()}
@@ -80,9 +97,15 @@ def _layers(model: Model, candidates: list[str], left: set[str], take: Callable[
     """A tensor of all layers, [L, ...]."""
     for name in candidates:
         if f"decoder.layers.{name}" in left:
-            return take(f"decoder.layers.{name}")
+            stacked = take(f"decoder.layers.{name}")
+            if len(stacked) != model.num_layers:
+                raise UserError(f"the checkpoint has {len(stacked)} layers, but model.num_layers={model.num_layers}")
+            return stacked
         if f"decoder.layers.0.{name}" in left:
-            return torch.stack([take(f"decoder.layers.{number}.{name}") for number in range(model.num_layers)])
+            numbered = [f"decoder.layers.{number}.{name}" for number in range(model.num_layers)]
+            if missing := [key for key in numbered if key not in left]:
+                raise UserError(f"the checkpoint has no tensor '{missing[0]}': is model.num_layers too large?")
+            return torch.stack([take(key) for key in numbered])
     raise UserError(f"the checkpoint has no tensor 'decoder.layers.{candidates[0]}', which the model section asks for")
 
 

@@ -24,7 +24,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Any, Final, Literal, Self
@@ -236,6 +236,12 @@ def open_manifest(directory: Place) -> tuple[CheckpointManifest, dict[str, int]]
         raise DamagedCheckpoint(f"{path}: malformed JSON: {error}") from error
 
 
+def strangers(directory: Place, manifest: CheckpointManifest, there: Iterable[str]) -> list[str]:
+    """A line for each name that is there and no part of the checkpoint."""
+    names = sorted({*there} - {*manifest.files, MANIFEST})
+    return [f"{directory / name}: is no part of this checkpoint" for name in names]
+
+
 def _regular_size(directory: Place, name: str, there: dict[str, int]) -> int:
     if name not in there:
         raise DamagedCheckpoint(f"{directory / name}: is missing")
@@ -255,6 +261,13 @@ def numbered(root: Place) -> list[tuple[int, bool, Place]]:
     return sorted(found, key=lambda each: each[:2], reverse=True)
 
 
+def check_name(directory: Place, manifest: CheckpointManifest) -> None:
+    """Raises DamagedCheckpoint if the directory is named for another step than its manifest is of."""
+    match = VISIBLE.fullmatch(directory.name) or HIDDEN.fullmatch(directory.name)
+    if match and int(match[1]) != manifest.step:
+        raise DamagedCheckpoint(f"{directory / MANIFEST}: of step {manifest.step}")
+
+
 def warn(damage: DamagedCheckpoint) -> None:
     logger.warning("%s; this checkpoint is damaged and was skipped: trying the one before", damage)
 
@@ -266,12 +279,11 @@ def complete(root: Place, damaged: Callable[[DamagedCheckpoint], None] = warn) -
     two renames. Where nothing can be renamed, one without a manifest was never complete. Tensor bytes are not read
     here; `load` verifies them.
     """
-    for step, _, path in numbered(root):
+    for _, _, path in numbered(root):
         if isinstance(path, Remote) and MANIFEST not in path.sizes():
             continue
         try:
-            if (written := read_manifest(path).step) != step:
-                raise DamagedCheckpoint(f"{path / MANIFEST}: of step {written}")
+            check_name(path, read_manifest(path))
         except DamagedCheckpoint as error:
             damaged(error)
         else:

@@ -24,7 +24,10 @@ from megalm.checkpoint.manifest import (
     DamagedCheckpoint,
     Region,
     complete,
+    logger,
+    open_manifest,
     read_manifest,
+    strangers,
     warn,
 )
 from megalm.checkpoint.places import Place, Reader, reading
@@ -132,12 +135,21 @@ def load_newest(
     while name := together(group, judge=lambda ranks: next((path.name for path in found), None)):
         place = root / name
         try:
-            return place, load(place, into, group=group, accept=partial(accept, place))
+            state = load(place, into, group=group, accept=partial(accept, place))
+            if rank_in(group) == 0:
+                _tell_strangers(place)
+            return place, state
         except DamagedCheckpoint as damage:
             damaged(damage)
     if together(group, judge=lambda ranks: damages):
         raise UserError(f"{root}: no checkpoint is intact: choose another run.dir, or remove this one")
     return None
+
+
+def _tell_strangers(directory: Place) -> None:
+    with suppress(UserError, OSError):  # of what was loaded already
+        for line in strangers(directory, *open_manifest(directory)):
+            logger.warning("%s; it was left alone", line)
 
 
 def _pieces(directory: Place, manifest: CheckpointManifest, names: set[str], shard: Shard) -> list[Piece]:

@@ -88,7 +88,8 @@ class Directory:
         except NoLocks:
             return nullcontext()  # nobody can tell who is alive
         if held is None:
-            raise UserError(f"{self.root}: another process is saving there: give each run its own run.dir")
+            why = "another process is saving there: wait for it, or give each run its own run.dir"
+            raise UserError(f"{self.root}: {why}")
         self._sweep()
         return held
 

@@ -35,12 +35,14 @@ class Weights:
     """What is before the parameters' names: that of another kind gives the optimizer's state of each, all the same."""
     state: dict[str, Any] = field(init=False)
     """What the first one holds besides tensors."""
+    steps: list[int] = field(init=False)
     shapes: dict[str, tuple[int, ...]] = field(init=False)
     """By the parameters' names."""
 
     def __post_init__(self) -> None:
         self._manifests = [self._guarded(directory, read_manifest, directory) for directory in self.directories]
         self.state, tensors = self._manifests[0].state, self._manifests[0].tensors
+        self.steps = [manifest.step for manifest in self._manifests]
         prefix = self.prefix
         self.shapes = {n.removeprefix(prefix): record.shape for n, record in tensors.items() if n.startswith(prefix)}
 

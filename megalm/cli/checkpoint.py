@@ -34,6 +34,9 @@ def verify(path: Where) -> None:
                 update(read, read, show.size(read))
 
             found = problems(directory, advance)
+        if found and not names(directory):
+            typer.echo(f"{directory}: was deleted meanwhile")
+            continue
         typer.echo(f"{directory}: {'intact' if not found else f'{len(found)} problems'}, {show.size(read)} read")
         for problem in found:
             typer.echo(f"  {show.printable(problem)}")

@@ -104,7 +104,9 @@ def _lines(trained: TrainedModel, asked: Sequence[tuple[str, list[int]]], sampli
             ends[piece.document] = piece.end
         while shown in ends:
             line = {"prompt": asked[shown][0], "text": texts[shown], "end": ends[shown]}
-            _say(json.dumps(line, ensure_ascii=False) + "\n", trained.passes.mesh.rank == 0)
+            text = json.dumps(line, ensure_ascii=False)
+            text = text if text == show.printable(text) else json.dumps(line)  # JSON has its own way to spell out
+            _say(text + "\n", trained.passes.mesh.rank == 0)
             shown += 1
 
 

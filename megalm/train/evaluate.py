@@ -112,16 +112,19 @@ class Portion:
 
 def portion(saved: SavedModel, directory: Path) -> Portion:
     """What the run held out if the directory's data is one of its sources, else the whole."""
-    length, held_out = saved.config.data.sequence_length, saved.config.data.validation.samples
+    length = saved.config.data.sequence_length
     source = Source(directory.name, directory, saved.tokenizer.fingerprint)
     if source.manifest.fingerprint in saved.sources:
-        split = source.split(length, held_out)
-        found = Portion(source, "held out", split.held_out_start, split.held_out)
+        samples, trained_length = saved.held_out
+        split = source.split(trained_length, samples)
+        start, end = (at * trained_length for at in (split.held_out_start, split.held_out_start + split.held_out))
+        first = -(-start // length)  # sequences of another length begin and end inside
+        found = Portion(source, "held out", first, max(0, end // length - first))
     else:
         found = Portion(source, "all", 0, (source.tokens - 1) // length)
     if found.count < 1:
         raise UserError(
-            f"{directory}: nothing to evaluate: the run held out {held_out} samples of each source, and the "
+            f"{directory}: nothing to evaluate: the run held out {saved.held_out[0]} samples of each source, and the "
             f"directory's {source.tokens} tokens make {(source.tokens - 1) // length} sequences of {length}"
         )
     return found

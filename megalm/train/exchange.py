@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalm.checkpoint import Place, complete
+from megalm.checkpoint import Place, complete, read_manifest
 from megalm.checkpoint.huggingface import export_weights, model_card, read_config, read_weights, to_config
 from megalm.checkpoint.weights import Weights, save_model
 from megalm.config import to_yaml
@@ -51,7 +51,7 @@ def export(
     """
     checkpoints = _chosen(path, step, average)
     weights = Weights(checkpoints)
-    run = run_of(path, checkpoints[0])
+    run = run_of(path.absolute(), checkpoints[0])
     tokenizer = tokenizer_of(run, checkpoints[0], weights.state)
     section = weights.model
     rows = known(section.vocab_size)
@@ -70,8 +70,8 @@ def export(
             say("no tokenizer is known, so none was written")
         if words < rows:
             say(f"left out {rows - words} rows of the vocabulary, which stand for no token")
-        facts = {"architecture": config["architectures"][0], "steps": ", ".join(map(_step, reversed(checkpoints)))}
-        lines = _metrics(run / "metrics.jsonl", int(_step(checkpoints[0])))
+        facts = {"architecture": config["architectures"][0], "steps": ", ".join(map(str, reversed(weights.steps)))}
+        lines = _metrics(run / "metrics.jsonl", weights.steps[0])
         card = model_card(run.name, model.model_dump(mode="json"), facts | {"dtype": dtype}, weights.state, lines)
         write_atomic(directory / "README.md", card.encode())
     return size
@@ -84,20 +84,22 @@ def _chosen(path: Path, step: int | None, average: int) -> list[Place]:
         raise UserError(f"--step={step}: {path} is one step's already: leave it out, or name the run's directory")
     if newest == path and average == 1:
         return [newest]
-    found = list(complete(path.parent if newest == path else root_of(path)))
-    last = int(_step(newest)) if step is None else step
-    chosen = [checkpoint for checkpoint in found if int(_step(checkpoint)) <= last][:average]
-    there = ", ".join(str(int(_step(checkpoint))) for checkpoint in reversed(found))
-    if not chosen or int(_step(chosen[0])) != last:
+    found: dict[int, Place] = {}
+    for checkpoint in complete(path.parent if newest == path else root_of(path)):
+        found.setdefault(_step(checkpoint), checkpoint)  # a replaced one may not be deleted yet
+    last = read_manifest(newest).step if step is None else step
+    chosen = [checkpoint for number, checkpoint in found.items() if number <= last][:average]
+    there = ", ".join(map(str, reversed(found)))
+    if not chosen or last not in found:
         raise UserError(f"--step={step}: {path} has no complete checkpoint of it: there are {there}")
     if len(chosen) < average:
         raise UserError(f"--average={average}: {path} has {len(chosen)} complete ones up to step {last}, of {there}")
     return chosen
 
 
-def _step(checkpoint: Place) -> str:
-    """`100` of .../step-00000100, also while it is moved out of sight."""
-    return str(int(checkpoint.name.partition("step-")[2].partition(".")[0]))
+def _step(checkpoint: Place) -> int:
+    """100 of .../step-00000100, also while it is moved out of sight."""
+    return int(checkpoint.name.partition("step-")[2].partition(".")[0])
 
 
 def _metrics(path: Path, step: int) -> list[dict[str, Any]]:

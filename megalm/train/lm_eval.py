@@ -10,6 +10,7 @@ alike by the harness's own `--model hf`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,10 @@ class MegalmLM(LM):
         for number, request in enumerate(requests):
             groups.setdefault(_sampling(request.args[1]), []).append(number)
         saved = self.trained.saved
+        learned = saved.config.model.position == "learned"
         for sampling, numbers in groups.items():
+            if learned:  # there is none beyond them
+                sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, saved.positions - 1))
             room = max(1, saved.positions - sampling.max_new_tokens)
             contexts = (saved.tokenizer.encode(requests[number].args[0]) for number in numbers)
             prompts = [context[-room:] or [saved.tokenizer.eod] for context in contexts]

@@ -20,6 +20,7 @@ import xxhash
 
 import megalm
 from megalm.checkpoint import Place, load, read_manifest
+from megalm.checkpoint.weights import model_section
 from megalm.config import Config, resolve, to_yaml
 from megalm.config.sections import known
 from megalm.config.text import apply_overrides
@@ -36,6 +37,7 @@ from megalm.train.stages import plan_stages
 from megalm.train.state import model_shards
 
 T = TypeVar("T")
+IMPORTED_LENGTH = 2048  # tokens of a sequence in which an imported model is evaluated, at most
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class SavedModel:
     tokenizer: Tokenizer
     sources: dict[str, str]
     """Names of the run's sources by the fingerprints of their data."""
+    held_out: tuple[int, int]
+    """How many sequences of each source the run did not train on, and their length."""
     device: torch.device
 
     @property
@@ -79,16 +83,17 @@ def find_model(path: Path, process: Process | None = None, overrides: Sequence[s
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     state = manifest.state
-    if "config" not in state:
-        raise UserError(f"{path}: holds an imported model and no run: train from it, with run.init_from={path}")
-    config = resolve(_to_be_read(state["config"], overrides, process.size), process.size)
+    saved = state["config"] if "config" in state else _of_an_import(path, model_section(state))
+    config = resolve(_to_be_read(saved, overrides, process.size), process.size)
     if config.parallel.sequence_sharding:
         raise UserError("parallel.sequence_sharding=true: texts of any length are not shared by rows: leave it out")
     tokenizer = tokenizer_of(run_of(path, checkpoint), checkpoint, state)
-    assert tokenizer is not None, "a run has one"
-    sources = {fingerprint: name for name, fingerprint in state["sources"].items()}
+    if tokenizer is None:
+        raise UserError(f"{path}: was imported without a tokenizer: import a directory that has tokenizer.json")
+    sources = {fingerprint: name for name, fingerprint in state.get("sources", {}).items()}
+    held_out = saved["data"]["validation"]["samples"], saved["data"]["sequence_length"]
     device = pick_device(config.run.device, process.local_rank)
-    return SavedModel(checkpoint, manifest.checksum, config, tokenizer, sources, device)
+    return SavedModel(checkpoint, manifest.checksum, config, tokenizer, sources, held_out, device)
 
 
 def load_model(saved: SavedModel) -> TrainedModel:
@@ -118,6 +123,22 @@ def opened_model(
     saved, prepared = world.agree(found, _facts, lambda it: it[0].config.run.timeout)
     with world.joined(saved.device, saved.config.run.timeout):
         yield load_model(saved), prepared
+
+
+def _of_an_import(path: Path, model: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config around the model section of what has no run: of its other sections only defaults are used."""
+    raw = {
+        "run": {"dir": str(path)},
+        "model": model,
+        "tokenizer": {"path": str(path)},
+        "data": {
+            "sources": [{"name": "none", "path": str(path)}],
+            "sequence_length": min(model["max_positions"], IMPORTED_LENGTH),
+        },
+        "batch": {"global_size": 1, "micro_size": 1},
+        "schedule": {"steps": 1},
+    }
+    return resolve(raw).model_dump(mode="json")
 
 
 def _to_be_read(config: dict[str, Any], overrides: Sequence[str], processes: int) -> dict[str, Any]:

@@ -102,6 +102,16 @@ def test_the_average_is_the_mean_of_the_newest_up_to_a_step(tmp_path: Path) -> N
     assert "| steps | 1, 2, 3 |" in (tmp_path / "hf" / "README.md").read_text()
 
 
+def test_a_step_counts_once_while_what_it_replaced_is_there_and_a_checkpoint_may_have_any_name(tmp_path: Path) -> None:
+    steps(tmp_path / "run", 3)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000002"
+    shutil.copytree(newest, newest.with_name(f".{newest.name}.old-{'0' * 32}"))
+    shutil.copytree(newest, tmp_path / "alone")
+    for path, average, said in ((tmp_path / "run", 2, "1, 2"), (tmp_path / "alone", 1, "2")):
+        export(path, tmp_path / f"hf {average}", None, average, "float32", 10**9, ignore, ignore)
+        assert f"| steps | {said} |" in (tmp_path / f"hf {average}" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("step", "average", "says"),
     [

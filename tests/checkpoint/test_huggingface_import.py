@@ -153,8 +153,15 @@ def test_a_run_goes_on_from_a_model_that_was_exported_and_imported(
         assert main(["train", config, *other, *overrides]) == 2
         assert says in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
-    assert main(["generate", str(tmp_path / "ours"), "--prompt", "a"]) == 2
-    assert "holds an imported model and no run" in capsys.readouterr().err
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"context": "a: ", "choices": ["number", "b"], "answer": 0}\n')
+    said = []
+    for name in ("run", "ours"):  # a model that is foreign, too, is judged before training goes on
+        assert main(["generate", str(tmp_path / name), "--prompt", "a: n", "--temperature", "0"]) == 0
+        assert main(["evaluate", str(tmp_path / name), "--choices", str(questions)]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert len(said[0]) > 130
 
 
 def test_the_config_that_an_import_writes_needs_only_data_and_lengths(data: Path, tmp_path: Path) -> None:

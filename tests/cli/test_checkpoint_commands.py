@@ -115,6 +115,11 @@ def save_thirds(root: Path) -> None:
     save(root, 1, halves(1.0), {"some": "state"}, 1, dist.group.WORLD)
 
 
+def test_a_checkpoint_that_is_named_for_another_step_is_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step(run, 20).rename(step(run, 30))
+    assert "manifest.json: of step 20" in said(capsys, 2, "verify", run)
+
+
 def test_a_hundred_random_bit_flips_are_all_found_before_anything_changes(tmp_path: Path) -> None:
     run_ranks(3, save_thirds, tmp_path)
     directory = tmp_path / "step-00000001"
@@ -163,6 +168,7 @@ def test_diff_says_how_far_two_checkpoints_are_apart(run: Path, capsys: pytest.C
 
 def test_prune_deletes_the_old_ones_and_first_says_which(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "would be deleted: step 10, step 15" in said(capsys, 0, "prune", run, "--keep", "1", "--dry-run")
+    assert "is one checkpoint: name its run's directory" in said(capsys, 2, "prune", step(run, 10), "--keep", "1")
     assert steps(run) == [10, 15, 20]
     assert "deleted: step 15" in said(capsys, 0, "prune", run, "--keep", "1", "--keep-every", "10")
     assert steps(run) == [10, 20]
@@ -178,6 +184,17 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path, capsys: pytes
     for command in (["inspect"], ["verify"], ["prune", "--keep", "1"]):
         assert str(tmp_path / "nowhere") in said(capsys, 2, *command, tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_belongs_to_no_checkpoint_is_named_and_left_alone(
+    data: Path, trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (foreign := step(run, 20) / "evil.safetensors").touch()
+    assert main(["train", write_config(data, run), *OVERRIDES, "schedule.steps=21"]) == 0
+    assert f"{foreign}: is no part of this checkpoint; it was left alone" in (run / "train.log").read_text()
+    assert foreign.exists()
 
 
 @pytest.mark.parametrize("policy", ["fallback", "refuse"])

@@ -344,8 +344,11 @@ def test_what_is_damaged_or_elsewhere_is_one_line(
             (source / ".metadata").write_bytes(content)
         assert convert(tool, "megatron", source, model_of({}), tmp_path / "start") == 2
         assert says in capsys.readouterr().err
-    assert convert(tool, "deepspeed", source, model_of({}), tmp_path / "start") == 2
-    assert "has no folder zero" in capsys.readouterr().err
+    for latest in (None, b"\xff\xfe"):
+        if latest:
+            (source / "latest_universal").write_bytes(latest)
+        assert convert(tool, "deepspeed", source, model_of({}), tmp_path / "start") == 2
+        assert "has no folder zero" in capsys.readouterr().err
 
 
 def megatron_tensors(model: Model) -> dict[str, Tensor]:
@@ -377,6 +380,14 @@ def megatron_tensors(model: Model) -> dict[str, Tensor]:
         ({"position": "learned"}, {}, "has no tensor 'embedding.position_embeddings.weight'"),
         ({"num_kv_heads": 4}, {}, "linear_qkv has 96 rows, but .* make 128"),
         ({"ffn_size": 175}, {}, r"gate.weight is \[176, 64\], but the model section makes it \[175, 64\]"),
+        (
+            {"vocab_size": 100},
+            {"embedding.word_embeddings.weight": (100 + (1 << 14), 64)},
+            r"embedding.weight is \[16484",
+        ),
+        ({"num_layers": 2}, {}, "has 3 layers, but model.num_layers=2"),
+        ({"num_layers": 4}, {}, "has 3 layers, but model.num_layers=4"),
+        ({"attention": "fused_softmax", "attention_sinks": True}, {}, "has nothing for layers.0.attention.sinks"),
         ({"vocab_size": 385}, {}, r"embedding.weight is \[384, 64\], but the model section makes it \[385, 64\]"),
     ],
 )
@@ -384,6 +395,25 @@ def test_a_model_section_that_does_not_fit_megatrons_tensors_is_refused(
     changes: dict[str, Any], added: dict[str, tuple[int, ...]], says: str
 ) -> None:
     tensors = megatron_tensors(model_of({})) | {name: torch.zeros(shape) for name, shape in added.items()}
-    from_megatron(model_of({}), shapes(model_of({})), tensors.keys() - added.keys(), tensors.__getitem__)
+    if not added.keys() & megatron_tensors(model_of({})).keys():
+        said: list[str] = []
+        taken = from_megatron(
+            model_of({}), shapes(model_of({})), tensors.keys() - added.keys(), tensors.__getitem__, said.append
+        )
+        assert [f"left out {384 - len(taken['head.weight'])} rows" in line for line in said] == [True, True]
     with pytest.raises(UserError, match=says):
-        from_megatron(model_of(changes), shapes(model_of(changes)), tensors, tensors.__getitem__)
+        from_megatron(model_of(changes), shapes(model_of(changes)), tensors, tensors.__getitem__, lambda line: None)
+
+
+def test_layers_with_names_of_their_own_are_as_many_as_the_model_section_says() -> None:
+    model = model_of({})
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in megatron_tensors(model).items():
+        layer = name.removeprefix("decoder.layers.")
+        parts = {f"decoder.layers.{n}.{layer}": part for n, part in enumerate(tensor)} if layer != name else {}
+        tensors |= parts or {name: tensor}
+    assert from_megatron(model, shapes(model), tensors, tensors.__getitem__, lambda line: None)
+    for layers, says in ((4, "has no tensor 'decoder.layers.3.self_attention"), (2, "has a tensor 'decoder.layers.2.")):
+        other = model_of({"num_layers": layers})
+        with pytest.raises(UserError, match=says):
+            from_megatron(other, shapes(other), tensors, tensors.__getitem__, lambda line: None)

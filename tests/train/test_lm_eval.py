@@ -83,6 +83,14 @@ def test_its_requests_are_answered_as_by_its_own_model(trained: TrainedModel, pe
     assert len(set("".join(texts))) > 3, "constant texts would agree by chance"
 
 
+def test_a_text_ends_where_learned_positions_do(data: Path, tmp_path: Path) -> None:
+    changes = ["schedule={steps: 1}", "model.position=learned", "model.max_positions=64", "model.init_std=0.3"]
+    assert main(["train", write_config(data, tmp_path / "run"), *changes]) == 0
+    ours = MegalmLM(load_model(find_model(tmp_path / "run")))
+    [text] = ours.generate_until(requests("generate_until", (LONG, {"until": []})))
+    assert 0 < len(text.encode()) <= 3 * 63
+
+
 def results(run: Path, folder: Path) -> list[tuple[str, str, float, float | None]]:
     """What one of two processes gets."""
     rank = dist.get_rank()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import signal
@@ -13,6 +14,8 @@ from runs import losses, read_metrics, start, wait_for_step, write_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megalm.cli import main
+from megalm.train.evaluate import portion
+from megalm.train.trained import find_model
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +209,13 @@ def test_a_run_can_be_moved_and_evaluated_from_anywhere(
     printed = capsys.readouterr().out
     assert "held out" in printed
     assert f"{read_metrics(whole)[-1]['sources']['a']['loss']:.4f}" in printed
+    ours, other = (
+        portion(find_model(Path("moved"), overrides=keys), Path("renamed"))
+        for keys in ([], ["data.sequence_length=48", "data.validation.samples=1000"])
+    )
+    assert ours.first * 64 <= other.first * 48 < ours.first * 64 + 48, "in what was held out, whatever the settings"
+    end, others_end = (ours.first + ours.count) * 64, (other.first + other.count) * 48
+    assert end - 48 < others_end <= end
 
 
 def test_another_tokenizer_than_the_checkpoints_is_refused(
@@ -235,6 +245,17 @@ def test_a_model_with_more_rows_than_tokens_writes_tokens_only(data: Path, capsy
     for options in (["--temperature", "50"], ["--top-p", "0"], ["--temperature", "1e-300"]):
         assert main(["generate", str(run), "--prompt", "a: ", "--max-new-tokens", "200", *options]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_several_prompts_give_lines_of_json_whatever_is_in_them(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["a\xad\x85", "\U000e0001", 'é "b"\n\x1b[2J']
+    options = [word for prompt in prompts for word in ("--prompt", prompt)]
+    assert main(["generate", str(whole), *options, "--max-new-tokens", "3", "--temperature", "50"]) == 0
+    printed = capsys.readouterr().out
+    assert [json.loads(line)["prompt"] for line in printed.splitlines()] == prompts
+    assert printed.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("", "--prompt is empty"), ("\udcff", "--prompt is not valid UTF-8")])

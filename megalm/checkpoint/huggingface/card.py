@@ -37,7 +37,8 @@ def model_card(
         sections.append(_table("Origin", {"imported from": state["source"]}))
     if "config" in state:
         config, position = state["config"], state["position"]
-        optimizer = {f"optimizer.{key}": value for key, value in config["optimizer"].items()}
+        others = set() if config["optimizer"]["kind"] == "muon" else {"momentum", "nesterov"}
+        optimizer = {f"optimizer.{key}": value for key, value in config["optimizer"].items() if key not in others}
         schedule = {f"schedule.{key}": value for key, value in config["schedule"].items() if value is not None}
         training = {
             "steps": position["step"],
