@@ -56,7 +56,7 @@ def taken_over(
     ours: dict[str, Tensor] = {}
     for entry in entries(shapes, architecture):
         if entry.theirs not in theirs:
-            raise UserError(f"{directory}: has no tensor '{entry.theirs}', which its config.json asks for")
+            raise UserError(f"{directory}: has no tensor '{entry.theirs}', which its config asks for")
         tensor = theirs.pop(entry.theirs)
         if tensor.dtype not in FLOATS:
             raise UserError(f"{directory}: '{entry.theirs}' is {tensor.dtype}: must be float32, bfloat16 or float16")
@@ -64,7 +64,7 @@ def taken_over(
         rows = [shapes[name][0] for name in entry.ours]
         if (shape := (sum(rows), *shapes[entry.ours[0]][1:])) != tuple(tensor.shape):
             raise UserError(
-                f"{directory}: '{entry.theirs}' is {list(tensor.shape)}, but its config.json makes it {list(shape)}"
+                f"{directory}: '{entry.theirs}' is {list(tensor.shape)}, but its config makes it {list(shape)}"
             )
         if tensor.dtype != torch.float32:
             file = str(scratch / f"{len(ours)}.bin")
