@@ -92,7 +92,7 @@ CONFIG_CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": "3"}, "num_layers: Input should be a valid integer"),
     ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3.mlp.gate_proj.weight'"),
     ({"num_hidden_layers": 2}, "has a tensor 'model.layers.2.input_layernorm.weight', for which"),
-    ({"intermediate_size": 175}, r"gate_proj.weight' is \[176, 64\], but its config.json makes it \[175, 64\]"),
+    ({"intermediate_size": 175}, r"gate_proj.weight' is \[176, 64\], but its config makes it \[175, 64\]"),
     ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "only some layers have the sliding"),
 ]
 
