@@ -78,6 +78,8 @@ ENVIRONMENTS = [
     *[({k: v for k, v in RANKS.items() if k != name}, f"{name} is not set, although") for name in RANKS],
     *[({k: v for k, v in STEP.items() if k != name}, f"{name} is not set") for name in STEP if "TASKS" not in name],
     ({**RANKS, "RANK": "2"}, "rank 2 of 2 processes"),
+    ({**RANKS, "LOCAL_RANK": "7"}, "local rank 7 of 2 processes"),
+    ({**RANKS, "RANK": "9" * 5000}, "is no whole number"),
     ({**RANKS, "WORLD_SIZE": "0"}, "rank 0 of 0 processes"),
     ({**RANKS, "MASTER_PORT": "http"}, "MASTER_PORT=http is no whole number"),
     ({**RANKS, "MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
