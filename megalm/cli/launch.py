@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time as clock
 from pathlib import Path
 from typing import Annotated
 
@@ -75,15 +76,20 @@ def launch(
     from megalm.config import load_config
     from megalm.launch.deepspeed import OnHosts
     from megalm.launch.hostfile import read_hostfile, read_variables, selected
-    from megalm.launch.ranks import who_am_i
+    from megalm.launch.ranks import STARTED, who_am_i
     from megalm.launch.restarts import with_restarts
+    from megalm.train.signals import in_seconds
 
     if who_am_i(os.environ).address:
         raise UserError("megalm launch: another launcher has started this process: use megalm train in its place")
     hosts = selected(read_hostfile(hostfile), include, exclude)
     variables = read_variables(os.environ, Path.home(), Path.cwd())
     size = sum(map(len, hosts.values()))
-    directory = Path(load_config(config, overrides or (), size).run.dir)
+    section = load_config(config, overrides or (), size).run
+    directory = Path(section.dir)
     launcher = OnHosts(hosts, os.environ)
     arguments = [str(config), *(overrides or ()), *(["--dry-run"] if dry_run else [])]
-    return with_restarts(lambda: launcher.start(directory, arguments, variables), max_restarts, directory)
+    started = int(clock.time())
+    variables[STARTED] = str(started)
+    until = started + in_seconds(section.time_limit)
+    return with_restarts(lambda: launcher.start(directory, arguments, variables), max_restarts, directory, until)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +34,7 @@ def train(
     """Train a model, or go on from its run's last checkpoint."""
     from megalm.config import load_config
     from megalm.config.load import fitting_processes
-    from megalm.launch.ranks import who_am_i
+    from megalm.launch.ranks import STARTED, who_am_i
 
     process = who_am_i(os.environ)
     launched = bool(process.address)
@@ -42,19 +43,25 @@ def train(
         raise UserError(f"{option}: another launcher has started {process.size} processes: leave it out")
     size = process.size if launched else nproc or fitting_processes(config, overrides or (), devices)
     if not launched and (size > 1 or max_restarts):
-        directory = Path(load_config(config, overrides or (), size).run.dir)  # mistakes show at once
+        section = load_config(config, overrides or (), size).run  # mistakes show at once
 
         from megalm.launch.local import start_local
         from megalm.launch.restarts import with_restarts
+        from megalm.train.signals import in_seconds
 
         arguments = [str(config), *(overrides or ()), *(["--dry-run"] if dry_run else [])]
-        return with_restarts(lambda: start_local(size, arguments), max_restarts, directory)
+        started = int(time.time())
+        os.environ[STARTED] = str(started)
+        until = started + in_seconds(section.time_limit)
+        return with_restarts(lambda: start_local(size, arguments), max_restarts, Path(section.dir), until)
 
     alone = load_config(config, overrides or (), size) if size == 1 else None  # as above
 
     from megalm.train.signals import StopRequest
 
-    with StopRequest() as stop:  # from here on a signal ends a run well; importing torch alone takes seconds
+    with StopRequest(
+        process.started
+    ) as stop:  # from here on a signal ends a run well; importing torch alone takes seconds
         from megalm.train.trainer import run
 
         run(lambda: alone or load_config(config, overrides or (), size), process, stop, dry_run)

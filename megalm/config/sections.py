@@ -53,8 +53,8 @@ class Run(Section):
     """Activations computed again in the backward pass: none, all but the results of matrix products and attention
     (`selective`), or whole blocks (`full`)."""
     time_limit: Annotated[float, Field(gt=0)] | Clock | None = None
-    """Seconds, or `H:MM:SS`, from the start of the processes, within which the run saves and stops, to go on when it is
-    started again; `null`: it runs to its end."""
+    """Seconds, or `H:MM:SS`, from the start of the command (restarts included), within which the run saves and stops,
+    to go on when it is started again; `null`: it runs to its end."""
     timeout: float = Field(default=600.0, gt=0, le=1e6)
     """Seconds after which a rank that does not answer ends the run; more than any rank takes to write its part of a
     checkpoint."""

@@ -16,12 +16,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megalm.errors import UserError, nearest
+from megalm.launch.ranks import LAUNCHED, STARTED
 
 Hosts = dict[str, list[int]]
 """The numbers of the processes that each host runs, in the order of the ranks."""
 
 HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+PLACES = (*LAUNCHED, STARTED, "GROUP_RANK", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")
+"""What tells each rank who it is: not the same for all."""
+MOST = 2**16  # processes of a host
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 
 
@@ -38,6 +42,8 @@ def read_hostfile(path: Path) -> Hosts:
         slots = re.fullmatch(r"slots=([0-9]+)", words[1]) if len(words) > 1 else None
         if slots is None:
             raise UserError(f"{where}: no number of processes after {name}: write `{name} slots=8`")
+        if len(slots[1]) > 9 or int(slots[1]) > MOST:
+            raise UserError(f"{where}: {name} has slots={slots[1][:20]}: a host runs at most {MOST} processes")
         if int(slots[1]) == 0:
             raise UserError(f"{where}: {name} has slots=0: give it a process or leave it out")
         if name in hosts:
@@ -97,6 +103,10 @@ def _variables(path: Path) -> dict[str, str]:
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals or not VARIABLE.fullmatch(key):  # what the line says may be a secret: it is not shown
             raise UserError(f"{path}:{number}: is no NAME=value: correct it, or begin it with # to make it a comment")
+        if key in PLACES:
+            raise UserError(
+                f"{path}:{number}: {key} is not the same for all ranks, and the launcher sets it: remove it"
+            )
         if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
             value = value[1:-1]
         if "\0" in value:

@@ -18,6 +18,8 @@ from megalm.errors import UserError
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 LOCAL_RANK = ("--local_rank=", "--local-rank=")  # what DeepSpeed's launcher adds, which the environment says as well
+STARTED = "MEGALM_STARTED"
+"""Names when the command that starts ranks was called, in seconds since the epoch: a restart does not make it later."""
 FIRST_PORT, PORTS = 20_000, 10_000  # below those that systems give to clients
 
 
@@ -32,6 +34,8 @@ class Process:
     address: str = ""
     port: int = 0
     agent: bool = False
+    started: int = 0
+    """When the command was called that started it, 0 if that is not said."""
 
 
 def who_am_i(environment: Mapping[str, str]) -> Process:
@@ -55,7 +59,12 @@ def who_am_i(environment: Mapping[str, str]) -> Process:
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not 0 <= rank < size:
         raise UserError(f"the environment says rank {rank} of {size} processes: correct RANK and WORLD_SIZE")
-    return Process(rank, local_rank, size, address, port, agent)
+    if local_rank >= size:
+        raise UserError(
+            f"the environment says local rank {local_rank} of {size} processes: correct LOCAL_RANK and WORLD_SIZE"
+        )
+    started = _number(environment, STARTED) if environment.get(STARTED) else 0
+    return Process(rank, local_rank, size, address, port, agent, started)
 
 
 def first_host(nodes: str) -> str:
@@ -78,6 +87,6 @@ def _complete(environment: Mapping[str, str], names: tuple[str, ...]) -> None:
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment[name]
-    if not text.isascii() or not text.isdigit():
-        raise UserError(f"{name}={text} is no whole number: correct the environment")
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise UserError(f"{name}={text[:40]} is no whole number: correct the environment")
     return int(text)

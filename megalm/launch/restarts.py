@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +14,18 @@ ASKED = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUS
 TAIL = 1 << 16  # bytes in which the last line of a run's metrics is found
 
 
-def with_restarts(attempt: Callable[[], int], restarts: int, directory: Path) -> int:
+def with_restarts(attempt: Callable[[], int], restarts: int, directory: Path, until: float = math.inf) -> int:
     """The exit code of the last `attempt`. After a failure it is made again, at most `restarts` times, but not after
     two failures at the same step, which the same start would only bring back, nor after a mistake of the user's (2) or
-    a signal to end. `directory` is the run's."""
+    a signal to end, nor from the time `until` on, in seconds since the epoch. `directory` is the run's."""
     failed_at = -1
     for number in range(1, restarts + 2):
         code = attempt()
         step = last_step(directory)
         if code in (0, 2) or code in ASKED or number > restarts:
+            return code
+        if time.time() >= until:
+            print("megalm: failed, and run.time_limit is over: not started again", file=sys.stderr)
             return code
         if step == failed_at:
             print(f"megalm: failed twice at step {step}: not started again", file=sys.stderr)

@@ -23,11 +23,12 @@ Work = Literal["step", "evaluation", "save"]
 
 
 class StopRequest:
-    """While entered, `received` is the signal that asked to stop, or None. A second Ctrl-C interrupts at once."""
+    """While entered, `received` is the signal that asked to stop, or None. A second Ctrl-C interrupts at once. The time
+    limit counts from `started`, in seconds since the epoch, or else from now."""
 
-    def __init__(self) -> None:
+    def __init__(self, started: float = 0) -> None:
         self.received: signal.Signals | None = None
-        self.begun = time.monotonic()
+        self.begun = time.monotonic() - (max(0.0, time.time() - started) if started else 0)
         self.limit = math.inf
         """Seconds after `begun` by which the run is to have ended."""
         self.slowest: dict[Work, float] = {"step": 0.0, "evaluation": 0.0, "save": 0.0}

@@ -34,6 +34,8 @@ HOSTFILES = [
     ("$(reboot) slots=2\n", "'$(reboot)' is no host name"),
     ("me@node1 slots=2\n", "'me@node1' is no host name"),
     ("node1 slots=2\nnode2 slots=0\n", "hosts:2: node2 has slots=0"),
+    ("node1 slots=2\nnode2 slots=1000000000\n", "hosts:2: node2 has slots=1000000000: a host runs at most 65536"),
+    (f"node1 slots={'9' * 5000}\n", "hosts:1: node1 has slots=9"),
     ("node1 slots=2\n\nnode1 slots=4\n", "hosts:3: node1 is named twice"),
     ("node1 slots=2\nnode1 slots=2 # again\n", "hosts:2: node1 is named twice"),
 ]
@@ -43,6 +45,9 @@ VARIABLES = [
     ("=x\n", ".deepspeed_env:1: is no NAME=value"),
     ("A B=1\n", ".deepspeed_env:1: is no NAME=value"),
     ("$(id)=1\n", ".deepspeed_env:1: is no NAME=value"),
+    ("A=1\nRANK=3\n", ".deepspeed_env:2: RANK is not the same for all ranks"),
+    ("MASTER_ADDR=node1\n", ".deepspeed_env:1: MASTER_ADDR is not"),
+    ("CROSS_RANK=0\n", ".deepspeed_env:1: CROSS_RANK is not"),
     ("A=x\0y\n", "has a NUL in it"),
     ("HF_TOKEN=hush\n", "holds HF_TOKEN and may be read by others: chmod 600"),
 ]
@@ -78,6 +83,8 @@ ENVIRONMENTS = [
     *[({k: v for k, v in RANKS.items() if k != name}, f"{name} is not set, although") for name in RANKS],
     *[({k: v for k, v in STEP.items() if k != name}, f"{name} is not set") for name in STEP if "TASKS" not in name],
     ({**RANKS, "RANK": "2"}, "rank 2 of 2 processes"),
+    ({**RANKS, "LOCAL_RANK": "7"}, "local rank 7 of 2 processes"),
+    ({**RANKS, "RANK": "9" * 5000}, "is no whole number"),
     ({**RANKS, "WORLD_SIZE": "0"}, "rank 0 of 0 processes"),
     ({**RANKS, "MASTER_PORT": "http"}, "MASTER_PORT=http is no whole number"),
     ({**RANKS, "MASTER_PORT": "99999"}, "MASTER_PORT=99999"),

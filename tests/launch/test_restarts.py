@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
+from megalm.launch.ranks import STARTED, who_am_i
 from megalm.launch.restarts import last_step, with_restarts
+from megalm.train.signals import StopRequest
 
 
 @pytest.mark.parametrize(
@@ -38,3 +41,18 @@ def test_the_last_step_is_that_of_the_last_whole_line(tmp_path: Path) -> None:
     assert last_step(tmp_path) == 0
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step":{step}}}\n' for step in range(20_000)) + '{"st')
     assert last_step(tmp_path) == 19_999
+
+
+def test_a_run_whose_time_is_over_does_not_start_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made: list[int] = []
+    assert with_restarts(lambda: made.append(1) or 1, 9, tmp_path, until=time.time() - 1) == 1
+    assert len(made) == 1
+    assert "run.time_limit is over" in capsys.readouterr().err
+
+
+def test_the_time_limit_of_a_run_that_started_again_counts_from_the_first_start() -> None:
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    process = who_am_i({**told, STARTED: str(int(time.time()) - 500)})
+    stop, anew = StopRequest(process.started), StopRequest(who_am_i(told).started)
+    stop.limit = anew.limit = 400
+    assert (stop.reason, anew.reason) == ("run.time_limit", "")
