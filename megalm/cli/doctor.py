@@ -82,6 +82,7 @@ def _in_slurm(arguments: list[str], nodes: int | None, nproc: int | None) -> int
     options = [f"--{name}={value}" for name, value in asked.items() if value]
     command = ["srun", "--kill-on-bad-exit=1", *options, sys.executable, "-m", "megalm.train", *arguments]
     try:
-        return subprocess.run(command).returncode
+        code = subprocess.run(command).returncode
+        return code if code >= 0 else 128 - code
     except FileNotFoundError:
         raise UserError("--slurm: there is no srun here: run it on a machine of the cluster") from None

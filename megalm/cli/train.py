@@ -51,17 +51,18 @@ def train(
 
         arguments = [str(config), *(overrides or ()), *(["--dry-run"] if dry_run else [])]
         started = int(time.time())
-        os.environ[STARTED] = str(started)
         until = started + in_seconds(section.time_limit)
-        return with_restarts(lambda: start_local(size, arguments), max_restarts, Path(section.dir), until)
+        os.environ[STARTED] = str(started)  # for the ranks
+        try:
+            return with_restarts(lambda: start_local(size, arguments), max_restarts, Path(section.dir), until)
+        finally:
+            del os.environ[STARTED]
 
     alone = load_config(config, overrides or (), size) if size == 1 else None  # as above
 
     from megalm.train.signals import StopRequest
 
-    with StopRequest(
-        process.started
-    ) as stop:  # from here on a signal ends a run well; importing torch alone takes seconds
+    with StopRequest(process.started) as stop:  # a signal ends a run well now; importing torch alone takes seconds
         from megalm.train.trainer import run
 
         run(lambda: alone or load_config(config, overrides or (), size), process, stop, dry_run)

@@ -72,6 +72,7 @@ class OnHosts:
         if not HARMLESS.fullmatch(sys.executable):
             raise UserError(f"{sys.executable}: other hosts' shells would not take this path: choose a plainer one")
         self.environment = environment
+        _check(environment)
         self.way, self.hosts = _way(hosts, environment)
         self.names = list(self.hosts)
         meet = {"here": "127.0.0.1", "ssh": "", "slurm": self.names[0]}[self.way]  # "": found out on the way
@@ -237,9 +238,25 @@ class OnHosts:
         return code if code > 0 else 1
 
 
+def _check(environment: Mapping[str, str]) -> None:
+    """Raises UserError for settings that ssh, or the ranks that meet, would stumble over."""
+    try:
+        shlex.split(environment.get("PDSH_SSH_ARGS_APPEND", ""))
+    except ValueError as error:
+        raise UserError(f"PDSH_SSH_ARGS_APPEND: {error}: correct the environment") from None
+    port = environment.get("MASTER_PORT") or str(FIRST_PORT)
+    if not (port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port[:40]} is no port: choose one from 1 to 65535")
+    if address := environment.get("MASTER_ADDR"):
+        try:
+            socket.getaddrinfo(address, None)
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"MASTER_ADDR={address}: {error}: name the first host, or leave it out") from None
+
+
 def _way(hosts: Hosts, environment: Mapping[str, str]) -> tuple[Way, Hosts]:
     """How these hosts are reached, and they in the order in which that counts them."""
-    if environment.get("SLURM_JOB_ID") and shutil.which("srun"):
+    if environment.get("SLURM_JOB_ID") and shutil.which("srun") and shutil.which("scontrol"):
         nodes = environment.get("SLURM_JOB_NODELIST", "")
         shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
         allocated = shown.stdout.split()

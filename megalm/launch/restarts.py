@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from megalm.launch.slurm import SAVED
+
 ASKED = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)}
-TAIL = 1 << 16  # bytes in which the last line of a run's metrics is found
+TAIL = 1 << 20  # bytes in which a run's last metrics, and what its log says of its newest checkpoint, are found
 
 
 def with_restarts(attempt: Callable[[], int], restarts: int, directory: Path, until: float = math.inf) -> int:
@@ -36,16 +40,20 @@ def with_restarts(attempt: Callable[[], int], restarts: int, directory: Path, un
 
 
 def last_step(directory: Path) -> int:
-    """The last step that a run's metrics tell of, 0 if there is none."""
+    """The last step that a run's metrics, or its log of what was saved, tell of; 0 if there is none."""
+    saved = re.findall(rf"{SAVED} (\d+)", _tail(directory / "train.log"))
+    steps = [int(saved[-1]) if saved else 0]
+    for line in reversed(_tail(directory / "metrics.jsonl").splitlines()):
+        with suppress(ValueError, KeyError, TypeError):  # the end of a line, or half of one
+            steps.append(int(json.loads(line)["step"]))
+            break
+    return max(steps)
+
+
+def _tail(path: Path) -> str:
     try:
-        with (directory / "metrics.jsonl").open("rb") as file:
+        with path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL))
-            lines = file.read().splitlines()
+            return file.read().decode(errors="replace")
     except FileNotFoundError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # the end of a line, or half of one
-            continue
-    return 0
+        return ""

@@ -27,6 +27,7 @@ STOPPED = "stopped"
 """The file in its directory with which a run says that it has more to do."""
 SAVED = "saved the checkpoint of step"
 """What its log says of each, wherever they are."""
+MOST_BEFORE = 65_535  # seconds
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,@+-]*")
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d?))?(?::(?P<third>\d\d?))?")
 
@@ -96,7 +97,8 @@ def launch_on_slurm(config: Path, overrides: Sequence[str], job: Job, dry_run: b
 def _script(config: Config, arguments: Sequence[str], job: Job) -> str:
     command, python = ["srun", "--kill-on-bad-exit=1"], sys.executable
     if job.container is not None:
-        command += _in_container(job.container, sorted(_folders(config)), job.gpus_per_node is not None)
+        folders = sorted(_folders(config, Path(arguments[0])))
+        command += _in_container(job.container, folders, job.gpus_per_node is not None)
         python = "python"
     return SCRIPT.format(
         nodes=job.nodes,
@@ -129,6 +131,8 @@ def _check(job: Job) -> None:
     for option in ("partition", "account"):
         if (value := getattr(job, option)) is not None and not WORD.fullmatch(value):
             raise UserError(f"--{option}={value!r} is no name that Slurm knows: correct it")
+    if job.signal_before > MOST_BEFORE:
+        raise UserError(f"--signal-before={job.signal_before} is more than Slurm takes: choose at most {MOST_BEFORE}")
     seconds = None if job.time is None else _seconds(job.time)
     if seconds is not None and seconds <= job.signal_before + 60:
         raise UserError(
@@ -159,8 +163,9 @@ def _in_container(image: str, folders: list[str], gpus: bool) -> list[str]:
     return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
 
 
-def _folders(config: Config) -> Iterator[str]:
-    """What a run needs to see: the working directory, and what lies elsewhere of that which its config names."""
+def _folders(config: Config, file: Path) -> Iterator[str]:
+    """What a run needs to see: the working directory, and what lies elsewhere of its config's `file` and of that which
+    it names. Raises UserError for what a container cannot be shown."""
     here = Path.cwd()
     yield str(here)
     tokenizer = None if config.tokenizer.path == "byte" else config.tokenizer.path
@@ -173,6 +178,10 @@ def _folders(config: Config) -> Iterator[str]:
         own = place(config.checkpoint.path, "checkpoint.path")
         written += [own] if isinstance(own, Path) else []
     there = [next(parent for parent in path.absolute().parents if parent.is_dir()) for path in written]
-    for path in (*(Path(name).absolute() for name in read), *there):
+    for path in (file.absolute().parent, *(Path(name).absolute() for name in read), *there):
+        if path == Path("/"):
+            raise UserError("--container: a folder of the run would be made in /, which would hide the image: make it")
+        if re.search("[,:]", str(path)):
+            raise UserError(f"--container: {path} cannot be shown to it: choose a path without commas and colons")
         if not path.is_relative_to(here):
             yield str(path)

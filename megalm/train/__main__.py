@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
-from megalm.cli import main
 from megalm.launch.job import mark_done, remove
 from megalm.launch.lifeline import Lifeline
 from megalm.launch.ranks import LOCAL_RANK
@@ -21,6 +21,11 @@ def rank() -> int:
     job = next((word.removeprefix("--job=") for word in sys.argv[1:] if word.startswith("--job=")), "")
     launcher = Lifeline(os.environ, ours=bool(job))
     command = "doctor" if "--doctor" in sys.argv else "train"
+    if command == "train":  # which hears them once it has read its config
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+
+    from megalm.cli import main
+
     code = main([command, *(word for word in sys.argv[1:] if not word.startswith(OTHERS))])
     if job and os.environ.get("RANK") == "0":
         if not launcher.holds:

@@ -37,6 +37,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         asking = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         self._former = {number: signal.signal(number, self._note) for number in asking}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, asking)  # a rank holds them back until it can hear them
         return self
 
     def __exit__(

@@ -178,6 +178,18 @@ def test_a_rank_that_is_killed_fails_the_command_and_one_that_is_asked_to_stop_d
         assert any((run / "checkpoints").iterdir())
 
 
+def test_a_signal_in_a_ranks_first_moments_is_heard_later(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    [process] = by_hand(write_config(data, run), ["schedule.steps=100000"])
+    status, held = Path(f"/proc/{process.pid}/status"), 1 << (signal.SIGUSR1 - 1)
+    deadline = time.monotonic() + 60
+    while not int(re.search(r"SigBlk:\t(\w+)", status.read_text())[1], 16) & held:  # type: ignore[index]
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGUSR1)
+    assert outcome(process) == (0, [])
+    assert "SIGUSR1 after step 1 of 100000" in (run / "stopped").read_text()
+
+
 def test_a_rank_with_another_config_is_named_before_anything_is_written(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     batch = "batch.micro_size=2"

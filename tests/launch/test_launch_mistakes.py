@@ -93,6 +93,14 @@ ENVIRONMENTS = [
 ]
 
 
+ON_HOSTS = [
+    ({"PDSH_SSH_ARGS_APPEND": "-o 'x"}, "PDSH_SSH_ARGS_APPEND: No closing quotation"),
+    ({"MASTER_PORT": "http"}, "MASTER_PORT=http is no port"),
+    ({"MASTER_PORT": "9" * 5000}, "is no port"),
+    ({"MASTER_ADDR": "no such"}, "MASTER_ADDR=no such: "),
+]
+
+
 @pytest.fixture
 def say(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """Gives the one line with which a command line is refused."""
@@ -137,6 +145,13 @@ def test_a_wrong_environment_is_refused(say, monkeypatch, environment: dict[str,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert wrong in say(["train", "CONFIG"])
+
+
+@pytest.mark.parametrize(("environment", "wrong"), ON_HOSTS)
+def test_a_wrong_setting_for_hosts_is_refused(say, monkeypatch, environment: dict[str, str], wrong: str) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wrong in say([*ON, "batch.micro_size=1"])
 
 
 def test_neither_launching_nor_restarts_are_for_a_rank_of_another_launcher(say, monkeypatch) -> None:

@@ -41,6 +41,9 @@ def test_the_last_step_is_that_of_the_last_whole_line(tmp_path: Path) -> None:
     assert last_step(tmp_path) == 0
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step":{step}}}\n' for step in range(20_000)) + '{"st')
     assert last_step(tmp_path) == 19_999
+    log = "".join(f"now saved the checkpoint of step {step}, there\n" for step in (20_000, 20_500))
+    (tmp_path / "train.log").write_text(log)
+    assert last_step(tmp_path) == 20_500, "steps are logged less often than saved"
 
 
 def test_a_run_whose_time_is_over_does_not_start_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

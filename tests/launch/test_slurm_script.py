@@ -111,6 +111,9 @@ def test_a_container_sees_what_the_config_names(
     _, arguments, _ = play(tmp_path, script(capsys, config, *keys, *apptainer), "exit 0")
     words = ["apptainer", "exec", "--nv", "--bind", ",".join(folders), "--pwd", str(tmp_path), "torch.sif", "python"]
     assert arguments[1:10] == words
+    monkeypatch.chdir(data)
+    _, arguments, _ = play(tmp_path, script(capsys, config, *pyxis), "exit 0")
+    assert f"{tmp_path}:{tmp_path}" in arguments[2], "the config is there"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +122,10 @@ def test_a_container_sees_what_the_config_names(
         (["--nodes=1", "--time=soon"], "--time=soon: write minutes"),
         (["--nodes=1", "--time=0:02:59"], "leaves no time to train"),
         (["--nodes=1", "--time=3"], "leaves no time to train"),
-        (["--nodes=1", "--time=1-0", "--signal-before=86400"], "leaves no time to train"),
+        (["--nodes=1", "--time=18:00:00", "--signal-before=65535"], "leaves no time to train"),
+        (["--nodes=1", "--signal-before=70000"], "--signal-before=70000 is more than Slurm takes"),
+        (["--nodes=1", "--container=a.sif", "run.dir=/nowhere/deep/run"], "would be made in /"),
+        (["--nodes=1", "--container=a.sif", "run.init_from=/usr/a,b"], "/usr/a,b cannot be shown to it"),
         (["--nodes=1", "--partition=a b"], "--partition='a b' is no name"),
         (["--nodes=1", "--account=$(id)"], r"--account='$(id)' is no name"),
         (["--nodes=3", "parallel.tensor=2"], "parallel.tensor=2"),
