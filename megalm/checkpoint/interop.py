@@ -43,7 +43,7 @@ TOP = {
     "head.weight": "output_layer.weight",
 }
 PADDING = 1 << 14
-"""The most rows that Megatron adds to a vocabulary: it makes its size a multiple of 128 times the tensor ranks."""
+"""More rows than Megatron adds to a vocabulary, whose size it makes a multiple of 128 times the tensor ranks."""
 OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
 
 

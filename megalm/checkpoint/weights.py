@@ -36,6 +36,7 @@ class Weights:
     state: dict[str, Any] = field(init=False)
     """What the first one holds besides tensors."""
     steps: list[int] = field(init=False)
+    """Of the directories, in their order."""
     shapes: dict[str, tuple[int, ...]] = field(init=False)
     """By the parameters' names."""
 

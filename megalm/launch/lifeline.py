@@ -32,11 +32,13 @@ class Lifeline:
 
     def __init__(self, environment: Mapping[str, str], ours: bool = False) -> None:
         self._launcher = os.getppid()
-        self._pipes = [os.dup(descriptor) for descriptor in (1, 2)]  # a broken one may be replaced by another file
-        on_hosts = environment.get("CROSS_SIZE", "1") != "1"  # DeepSpeed's, over several hosts
-        if "TORCHELASTIC_RUN_ID" in environment or "CROSS_RANK" in environment:
+        deepspeed = "CROSS_RANK" in environment
+        on_hosts = environment.get("CROSS_SIZE", "1") != "1"
+        # A broken pipe may be replaced by another file later.
+        self._pipes = [os.dup(descriptor) for descriptor in (1, 2)] if deepspeed else []
+        if deepspeed or "TORCHELASTIC_RUN_ID" in environment:
             end_with_parent()
-        if "CROSS_RANK" in environment and (on_hosts or ours):
+        if deepspeed and (on_hosts or ours):
             threading.Thread(target=self._watch, daemon=True).start()
 
     @property
