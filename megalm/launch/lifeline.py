@@ -43,7 +43,7 @@ class Lifeline:
 
     @property
     def holds(self) -> bool:
-        """Whether the launcher is there, and anybody may read what this process says."""
+        """Whether the launcher, DeepSpeed's, is there, and anybody may read what this process says."""
         return os.getppid() == self._launcher and not self._unheard(wait=False)
 
     def _unheard(self, wait: bool) -> bool:
